@@ -1,0 +1,425 @@
+/* test_dist.c - strategies, collectives, the schedule of collectives, and the ledger.
+ *
+ * The numbers have independent sources: collectives are compared with plain sums, strategies with each other (every
+ * bit) and with one rank on the whole batch, the schedule and the ledger with tables written from the definitions of
+ * data parallelism and of PyTorch's bucket rule. */
+#include "tests/world.h"
+
+/* ------------------------------------------------------------------------------------------------------- equality */
+
+static void assert_same_bits(const training *a, const training *b) {
+    assert_false(a->failed || b->failed);
+    assert_memory_equal(a->losses, b->losses, a->steps * sizeof *a->losses);
+    assert_memory_equal(a->norms, b->norms, a->steps * sizeof *a->norms);
+    assert_memory_equal(a->weights, b->weights, a->count * sizeof *a->weights);
+}
+
+static void assert_close(const training *a, const training *b, double tolerance) {
+    assert_false(a->failed || b->failed);
+    for (size_t i = 0; i < a->steps; i++) {
+        assert_true(fabs(a->losses[i] - b->losses[i]) <= tolerance);
+        assert_true(fabs(a->norms[i] - b->norms[i]) <= tolerance * (1 + b->norms[i]));
+    }
+    for (size_t i = 0; i < a->count; i++)
+        assert_true(fabsf(a->weights[i] - b->weights[i]) <= (float)tolerance);
+}
+
+static training *trained(training *t) {
+    train_world(t, &odd_config);
+    if (t->failed)
+        print_message("%s x %d: %s\n%s", t->strategy, t->ranks, t->error.text, t->table ? t->table : "");
+    assert_false(t->failed);
+    return t;
+}
+
+/* dp and ddp, any bucket size, 1 and 2 threads: every bit; single on the whole batch: within 1e-5. */
+static void strategies_agree(void **state) {
+    static const double buckets[] = {0, 0.004, 0.02, 25};
+    (void)state;
+    for (int n = 1; n <= MOST_RANKS; n++)
+        for (size_t accumulation = 1; accumulation <= 3; accumulation += 2)
+            for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
+                training *reference = trained(training_of("ddp", n, 3, accumulation, reduction));
+                for (int threads = 1; threads <= 2; threads++)
+                    for (size_t k = 0; k <= 4; k++) {
+                        training *t = training_of(k < 4 ? "ddp" : "dp", n, 3, accumulation, reduction);
+                        t->threads = threads;
+                        t->bucket_mb = k < 4 ? buckets[k] : 25;
+                        assert_same_bits(trained(t), reference);
+                        training_free(t);
+                    }
+                training *whole = trained(training_of("single", 1, 3 * (size_t)n, accumulation, reduction));
+                assert_close(reference, whole, 1e-5);
+                training_free(whole);
+                training_free(reference);
+            }
+}
+
+static void sgd_agrees_too(void **state) {
+    (void)state;
+    training *t[3];
+    for (int i = 0; i < 3; i++) {
+        t[i] = i < 2 ? training_of(i ? "dp" : "ddp", 3, 2, 2, DIST_REDUCE_EVERY)
+                     : training_of("single", 1, 6, 2, 0);
+        t[i]->optimizer = DIST_SGD;
+        trained(t[i]);
+    }
+    assert_same_bits(t[0], t[1]);
+    assert_close(t[0], t[2], 1e-5);
+    for (int i = 0; i < 3; i++) training_free(t[i]);
+}
+
+static void evaluation_between_steps_changes_nothing(void **state) {
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        training *plain = trained(training_of(i ? "dp" : "ddp", 3, 2, 1, 0)),
+                 *t = training_of(i ? "dp" : "ddp", 3, 2, 1, 0);
+        t->evaluate = 1;
+        assert_same_bits(trained(t), plain);
+        for (int r = 0; r < 3 && !i; r++) /* dp's broadcast moves into the evaluation */
+            assert_memory_equal(t->traffic[r], plain->traffic[r], sizeof plain->traffic[r]);
+        assert_int_equal(t->not_finite[1], plain->model.units);
+        training_free(plain);
+        training_free(t);
+    }
+}
+
+/* A loss that is not finite: reported by step's result, nothing updated, and the unit is found. */
+static void not_finite_is_noticed(void **state) {
+    (void)state;
+    training *before = training_of("ddp", 3, 2, 1, 0), *t = training_of("ddp", 3, 2, 1, 0);
+    before->steps = 2;
+    trained(before);
+    t->poison = (double)INFINITY;
+    t->evaluate = 1;
+    trained(t);
+    assert_memory_equal(before->weights, t->weights, t->count * sizeof *t->weights);
+    assert_false(isfinite(t->norms[2]));
+    assert_int_equal(t->not_finite[1], 0);              /* rank 1's embedding */
+    assert_int_equal(t->not_finite[0], t->model.units); /* rank 0 saw nothing */
+    training_free(before);
+    training_free(t);
+}
+
+/* --------------------------------------------------------------------------------------------------- collectives */
+
+typedef struct {
+    dist_hub *hub;
+    int ranks;
+} hub_argument;
+
+enum { ROUNDS = 40 };
+
+static float value_of(size_t rank, size_t i, int round) {
+    return (float)random_normal(random_key(1, rank, (uint64_t)round, 0), i);
+}
+
+/* Every collective, on sizes that do not divide, in place and not, running ahead of the slower ranks. */
+static int collectives_body(rt_rank *rank, void *argument) {
+    hub_argument *h = argument;
+    size_t n = (size_t)h->ranks, me = (size_t)rank->rank, k = 37;
+    error_text e;
+    dist_comm comm;
+    if (vit_cpu.open(rank, &e) || dist_comm_open(&comm, h->hub, rank, &vit_cpu)) return -1;
+    for (int round = 0; round < ROUNDS; round++) {
+        size_t root = (size_t)round % n;
+        rt_block in = rt_alloc(rank, RT_WORKSPACE, RT_FP32, n * k, 1),
+                 out = rt_alloc(rank, RT_WORKSPACE, RT_FP32, n * k, 1);
+        rt_block whole = rt_alloc(rank, RT_WORKSPACE, RT_FP32, n * k, 1),
+                 whole2 = rt_alloc(rank, RT_WORKSPACE, RT_FP32, n * k, 1);
+        rt_block integers = rt_alloc(rank, RT_WORKSPACE, RT_I64, k, 1),
+                 got = rt_alloc(rank, RT_WORKSPACE, RT_FP32, k, 1);
+        float *x = in.data, *y = out.data, *z = whole.data, *z2 = whole2.data, *g = got.data;
+        int64_t *c = integers.data;
+        for (size_t i = 0; i < n * k; i++) x[i] = value_of(me, i, round);
+        for (size_t i = 0; i < k; i++) c[i] = (int64_t)(me * 1000 + i);
+        memcpy(z, x, n * k * sizeof *z);
+        memcpy(z2, x, n * k * sizeof *z2);
+        rt_event done = {0}, sent = {0};
+        dist_call call = {.unit = "test", .stream = RT_COMMUNICATION, .done = &done, .peer = (int)root};
+#define POST(o, i, t) (call.op = (o), call.in = (i), call.out = (t), dist_post(&comm, &call))
+        POST(DIST_ALL_REDUCE, whole, whole);
+        POST(DIST_REDUCE, in, me == root ? out : (rt_block){0});
+        POST(DIST_CONTROL, integers, integers);
+        POST(DIST_REDUCE_SCATTER, whole2, rt_slice(whole2, me * k, k)); /* in place */
+        POST(DIST_BARRIER, (rt_block){0}, (rt_block){0});
+        rt_wait(rank, RT_HOST, &done);
+        for (size_t i = 0; i < n * k; i++) {
+            float sum = value_of(0, i, round);
+            for (size_t r = 1; r < n; r++) sum += value_of(r, i, round); /* in rank order */
+            assert_true(z[i] == sum);
+            if (me == root) assert_true(y[i] == sum);
+            if (i / k == me) assert_true(z2[i] == sum);
+        }
+        for (size_t i = 0; i < k; i++) assert_true(c[i] == (int64_t)(n * i + 500 * n * (n - 1)));
+        dist_group_begin(&comm);
+        POST(DIST_ALL_GATHER, rt_slice(in, me * k, k), in); /* in place */
+        POST(DIST_BROADCAST, me == root ? whole2 : (rt_block){0}, me == root ? (rt_block){0} : whole);
+        dist_group_end(&comm);
+        if (n > 1) { /* to the right, from the left */
+            call.done = &sent;
+            call.peer = (int)((me + 1) % n);
+            POST(DIST_SEND, rt_slice(whole2, me * k, k), (rt_block){0});
+            call.done = &done;
+            call.peer = (int)((me + n - 1) % n);
+            POST(DIST_RECV, (rt_block){0}, got);
+            rt_wait(rank, RT_HOST, &sent);
+        }
+        rt_wait(rank, RT_HOST, &done);
+        for (size_t i = 0; i < n * k; i++) assert_true(x[i] == value_of(i / k, i, round));
+        if (me != root)
+            for (size_t i = 0; i < n * k; i++) {
+                float sum = value_of(0, i, round);
+                for (size_t r = 1; r < n; r++) sum += value_of(r, i, round);
+                assert_true(z[i] == (i / k == root ? sum : value_of(root, i, round)));
+            }
+        size_t left = (me + n - 1) % n;
+        for (size_t i = 0; i < k && n > 1; i++) {
+            float sum = value_of(0, left * k + i, round);
+            for (size_t r = 1; r < n; r++) sum += value_of(r, left * k + i, round);
+            assert_true(g[i] == sum);
+        }
+        rt_block *blocks[] = {&in, &out, &whole, &whole2, &integers, &got};
+        for (size_t i = 0; i < 6; i++) rt_free(rank, RT_WORKSPACE, blocks[i]);
+    }
+    double bytes = (double)(n * k * 4 * ROUNDS), share = (double)(n - 1) / (double)n;
+    assert_true(fabs(comm.traffic[DIST_ALL_REDUCE].wire_bytes - 2 * share * bytes) < 1);
+    assert_true(fabs(comm.traffic[DIST_REDUCE_SCATTER].wire_bytes - share * bytes) < 1);
+    assert_true(fabs(comm.traffic[DIST_ALL_GATHER].wire_bytes - share * bytes) < 1);
+    assert_int_equal(comm.traffic[DIST_ALL_GATHER].calls, ROUNDS);
+    assert_int_equal(comm.traffic[DIST_ALL_GATHER].elements, n * k * ROUNDS);
+    size_t mine = 0;
+    for (size_t i = 0; i < ROUNDS; i++) mine += i % n == me;
+    assert_true(fabs(comm.traffic[DIST_BROADCAST].wire_bytes - (double)(mine * (n - 1) * n * k * 4)) < 1);
+    assert_true(fabs(comm.traffic[DIST_REDUCE].wire_bytes - (double)((ROUNDS - mine) * n * k * 4)) < 1);
+    dist_comm_close(&comm);
+    vit_cpu.close(rank);
+    return 0;
+}
+
+static void collectives_are_sums_in_rank_order(void **state) {
+    (void)state;
+    for (int n = 1; n <= MOST_RANKS; n++) {
+        rt_world world;
+        assert_int_equal(rt_world_init(&world, n, RT_CHECK), 0);
+        hub_argument h = {dist_hub_create(&world), n};
+        int failed = rt_run(&world, collectives_body, &h);
+        if (failed) print_message("%s\n%s", world.error.text, world.table ? world.table : "");
+        assert_false(failed);
+        dist_hub_free(h.hub);
+        rt_world_free(&world);
+    }
+}
+
+/* Ranks may be DIST_RING launches apart, and no further. */
+static int far_ahead_body(rt_rank *rank, void *argument) {
+    error_text e;
+    dist_comm comm;
+    if (vit_cpu.open(rank, &e) || dist_comm_open(&comm, argument, rank, &vit_cpu)) return -1;
+    rt_block x = rt_alloc(rank, RT_WORKSPACE, RT_I64, 1, 1);
+    rt_event done[60] = {{0}};
+    *(int64_t *)x.data = rank->rank;
+    for (int i = 0; i < 60; i++)
+        dist_post(&comm, &(dist_call){.op = DIST_CONTROL,
+                                      .in = x,
+                                      .out = x,
+                                      .unit = "x",
+                                      .stream = RT_COMMUNICATION,
+                                      .done = &done[i]});
+    rt_wait(rank, RT_HOST, &done[59]);
+    assert_true(*(int64_t *)x.data == (int64_t)1 << 59); /* 0 + 1, then doubled 59 times */
+    rt_free(rank, RT_WORKSPACE, &x);
+    dist_comm_close(&comm);
+    vit_cpu.close(rank);
+    return 0;
+}
+
+static void ranks_may_run_ahead(void **state) {
+    (void)state;
+    rt_world world;
+    assert_int_equal(rt_world_init(&world, 2, RT_CHECK), 0);
+    dist_hub *hub = dist_hub_create(&world);
+    assert_false(rt_run(&world, far_ahead_body, hub));
+    dist_hub_free(hub);
+    rt_world_free(&world);
+}
+
+/* ------------------------------------------------------------------------------------------- schedule and ledger */
+
+static size_t padded(const vit_model *m, size_t u, size_t n) {
+    size_t count = 0; /* every tensor a multiple of 16, the unit a multiple of 16 n */
+    for (size_t t = 0; t < m->unit[u].tensors; t++) {
+        size_t elements = 1;
+        for (size_t i = 0; i < m->unit[u].tensor[t].dims; i++) elements *= m->unit[u].tensor[t].shape[i];
+        count += (elements + 15) / 16 * 16;
+    }
+    return (count + 16 * n - 1) / (16 * n) * (16 * n);
+}
+
+static size_t expect_call(const training *t, int r, size_t i, dist_op op, size_t elements, const char *unit) {
+    assert_true(i < t->calls[r]);
+    assert_string_equal(dist_op_name(t->call[r][i].op), dist_op_name(op));
+    assert_int_equal(t->call[r][i].elements, elements);
+    assert_string_equal(t->call[r][i].unit, unit);
+    return i + 1;
+}
+
+/* DDP: per step one all-reduce a bucket, from the head down, then the control; `every`: the buckets M times. */
+static void ddp_schedule(void **state) {
+    (void)state;
+    for (int n = 1; n <= MOST_RANKS; n++)
+        for (size_t M = 1; M <= 3; M++)
+            for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
+                training *t = training_of("ddp", n, 2, M, reduction);
+                t->bucket_mb = 0.015; /* 15,728 bytes: two blocks */
+                trained(t);
+                const vit_model *m = &t->model;
+                for (int r = 0; r < n; r++) {
+                    size_t i = 0;
+                    for (size_t step = 0; step < t->steps; step++) {
+                        for (size_t k = 0; k < (reduction == DIST_REDUCE_EVERY ? M : 1); k++)
+                            for (size_t u = m->units, sum = 0; u-- > 0;) { /* add, then close when full */
+                                sum += padded(m, u, (size_t)n);
+                                if (u > 0 && (double)(4 * sum) < 0.015 * 1048576) continue;
+                                i = expect_call(t, r, i, DIST_ALL_REDUCE, sum, m->unit[u].name);
+                                sum = 0;
+                            }
+                        i = expect_call(t, r, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
+                    }
+                    assert_int_equal(i, t->calls[r]);
+                }
+                training_free(t);
+            }
+}
+
+/* DP: per step a broadcast of every unit, a reduce of every unit from the head down (`every`: M times), the control. */
+static void dp_schedule(void **state) {
+    (void)state;
+    for (int n = 1; n <= 3; n++)
+        for (size_t M = 1; M <= 3; M += 2)
+            for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
+                training *t = trained(training_of("dp", n, 2, M, reduction));
+                const vit_model *m = &t->model;
+                for (int r = 0; r < n; r++) {
+                    size_t i = 0;
+                    for (size_t step = 0; step < t->steps; step++) {
+                        for (size_t u = 0; u < m->units; u++)
+                            i = expect_call(t, r, i, DIST_BROADCAST, padded(m, u, (size_t)n),
+                                            m->unit[u].name);
+                        for (size_t k = 0; k < (reduction == DIST_REDUCE_EVERY ? M : 1); k++)
+                            for (size_t u = m->units; u-- > 0;)
+                                i = expect_call(t, r, i, DIST_REDUCE, padded(m, u, (size_t)n),
+                                                m->unit[u].name);
+                        i = expect_call(t, r, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
+                    }
+                    assert_int_equal(i, t->calls[r]);
+                }
+                training_free(t);
+            }
+}
+
+static void single_communicates_nothing_but_control(void **state) {
+    (void)state;
+    training *t = trained(training_of("single", 1, 2, 3, 0));
+    assert_int_equal(t->calls[0], t->steps);
+    assert_true(t->traffic[0][DIST_CONTROL].wire_bytes == 0);
+    training_free(t);
+}
+
+/* Bytes of parameters / gradients / optimizer: ddp 4P / 4P / 8P on every rank, dp 8P on the root alone, P with
+ * padding; one slot of the largest unit more with accumulation. */
+static void ledger_matches_the_formulas(void **state) {
+    (void)state;
+    for (int n = 1; n <= MOST_RANKS; n++)
+        for (int dp = 0; dp < 2; dp++)
+            for (size_t M = 1; M <= 2; M++) {
+                training *t = trained(training_of(dp ? "dp" : "ddp", n, 2, M, DIST_REDUCE_LAST));
+                size_t P = 0, largest = 0;
+                for (size_t u = 0; u < t->model.units; u++) {
+                    size_t count = padded(&t->model, u, (size_t)n);
+                    P += count;
+                    if (largest < count) largest = count;
+                }
+                for (int r = 0; r < n; r++) {
+                    const rt_ledger *l = &t->ledger[r];
+                    assert_int_equal(l->bytes[RT_PARAMETERS], 4 * P);
+                    assert_int_equal(l->bytes[RT_GRADIENTS], 4 * (P + (M > 1 ? largest : 0)));
+                    assert_int_equal(l->bytes[RT_OPTIMIZER], dp && r ? 0 : 8 * P);
+                    for (int c = 0; c < RT_CATEGORIES; c++) assert_int_equal(l->peak_bytes[c], l->bytes[c]);
+                }
+                training_free(t);
+            }
+}
+
+/* PyTorch's default rule (1 MiB first, then 25 MiB, append before the test) on ViT-B/16: the head is 3.1 MB, a block
+ * 28.4 MB, so every unit closes its bucket. On Ti/16 a block is 1.78 MB: 15 of them pass 25 MiB. */
+static int buckets_body(rt_rank *rank, void *argument) {
+    vit_model *m = argument;
+    dist d = {.rank = rank, .model = m, .offset = calloc(m->units + 1, sizeof(size_t))};
+    for (size_t u = 0; u < m->units; u++) d.offset[u + 1] = d.offset[u] + m->unit[u].count;
+    assert_int_equal(dist__cut_buckets(&d, 25), 0);
+    if (m->D == 768) assert_int_equal(d.buckets, 14);
+    if (m->D == 192)
+        assert_int_equal(d.buckets, 2); /* 0.77 MB of head and a block; 11 blocks and the embedding */
+    if (m->D == 192) assert_int_equal(d.bucket[0].first, 12);
+    free(d.offset);
+    free(d.bucket);
+    free(d.bucket_of);
+    return 0;
+}
+
+static void buckets_follow_pytorch(void **state) {
+    (void)state;
+    const char *names[] = {"vit_base_patch16_224", "vit_tiny_patch16_224"};
+    for (int i = 0; i < 2; i++) {
+        vit_config config;
+        vit_model m;
+        rt_world world;
+        error_text e;
+        assert_int_equal(vit_config_named(&config, names[i], &e), 0);
+        assert_int_equal(vit_model_init(&m, &config, RT_FP32, &e), 0);
+        assert_int_equal(rt_world_init(&world, 1, 0), 0);
+        assert_int_equal(rt_run(&world, buckets_body, &m), 0);
+        rt_world_free(&world);
+        vit_model_free(&m);
+    }
+}
+
+static void impossible_options_are_errors(void **state) {
+    (void)state;
+    training *t = training_of("single", 2, 2, 1, 0);
+    train_world(t, &odd_config);
+    assert_true(t->failed);
+    assert_non_null(strstr(t->error.text, "single runs on one rank"));
+    training_free(t);
+    t = training_of("magic", 1, 2, 1, 0);
+    train_world(t, &odd_config);
+    assert_true(t->failed);
+    assert_non_null(strstr(t->error.text, "magic"));
+    training_free(t);
+    t = training_of("ddp", 2, (size_t)1 << 60, 1, 0); /* a batch that no memory holds */
+    t->steps = 0;
+    vit_config config = odd_config;
+    assert_int_equal(vit_model_init(&t->model, &config, RT_FP32, &t->error), 0);
+    assert_true(vit_unit_saved_bytes(&t->model, &vit_cpu, &t->model.unit[1], (size_t)1 << 60) > (size_t)1
+                                                                                                    << 60);
+    training_free(t);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(strategies_agree),
+        cmocka_unit_test(sgd_agrees_too),
+        cmocka_unit_test(evaluation_between_steps_changes_nothing),
+        cmocka_unit_test(not_finite_is_noticed),
+        cmocka_unit_test(collectives_are_sums_in_rank_order),
+        cmocka_unit_test(ranks_may_run_ahead),
+        cmocka_unit_test(ddp_schedule),
+        cmocka_unit_test(dp_schedule),
+        cmocka_unit_test(single_communicates_nothing_but_control),
+        cmocka_unit_test(ledger_matches_the_formulas),
+        cmocka_unit_test(buckets_follow_pytorch),
+        cmocka_unit_test(impossible_options_are_errors),
+    };
+    return cmocka_run_group_tests_name("dist", tests, NULL, NULL);
+}

@@ -1,0 +1,870 @@
+/* train.c - the program: trains and evaluates Vision Transformers on any number of ranks.
+ *
+ *     make && ./train --nproc-per-node 2                        # the digits inside the program, two local ranks
+ *     ./train --data-path cifar-10-batches-bin --epochs 6
+ *     ./train eval --checkpoint runs/... --data-path cifar-10-batches-bin
+ *
+ * In this order: preparation (options, data, model), batches, evaluation, the training loop, commands, main. The
+ * strategies are in dist.h, the model in vit.h, its folders on disk in checkpoint.h, the options in train_options.h.
+ */
+#define VIT_IMPLEMENTATION
+#define DIST_IMPLEMENTATION
+#include "checkpoint.h"
+#include "data/dataset.h"
+#include "io/metrics.h"
+#include "train_options.h"
+
+#include <sys/utsname.h>
+#include <time.h>
+
+#define TRAIN_VERSION "0.1"
+
+/* Everything that is fixed before the ranks start, shared by them and read-only from then on. */
+typedef struct run {
+    train_options o;
+    int evaluating; /* eval: no training set, no output directory */
+    dataset train, val;
+    vit_config config;
+    vit_model model;
+    model_source source; /* of --pretrained or --checkpoint */
+    int loaded;
+    model_card card;
+    size_t ranks, global_batch, steps_per_epoch, steps;
+    dist_hub *hub;
+} run;
+
+/* --------------------------------------------------------------------------------------------------- preparation */
+
+static int given(const run *r, const void *field) { return options_given(&train_table, &r->o, field); }
+
+/* Recipes that learn something in minutes on a laptop, by data set. */
+static const struct {
+    size_t patch_size, epochs;
+    double learning_rate;
+} recipes[] = {[DATASET_DIGITS] = {2, 60, 3e-3},
+               [DATASET_MNIST] = {7, 3, 1e-3},
+               [DATASET_CIFAR10] = {4, 6, 1e-3},
+               [DATASET_IMAGEFOLDER] = {16, 1, 1e-3},
+               [DATASET_SYNTHETIC] = {4, 1, 1e-3}};
+
+/* The model: a loaded one, a named one, or the data set's small one; single sizes override it. */
+static int prepare_config(run *r, dataset_kind kind, error_text *e) {
+    train_options *o = &r->o;
+    const char *path = *o->checkpoint ? o->checkpoint : o->pretrained;
+    vit_config *c = &r->config;
+    if (*o->checkpoint && *o->pretrained)
+        return error_set(e, "found both --checkpoint and --pretrained, expected one model");
+    if (*o->model) {
+        if (vit_config_named(c, o->model, e)) return -1;
+    } else if (vit_config_named(c, "vit_tiny_patch16_224", e)) { /* the name that timm will know it by */
+        return -1;
+    } else if (*path) {
+        c->num_heads = c->image_height = c->image_width = 0;
+    } else {
+        c->image_height = c->image_width = 32;
+        c->patch_size = recipes[kind].patch_size;
+        c->embed_dim = 64;
+        c->num_heads = c->depth = 4;
+    }
+    if (*path) {
+        if (model_source_open(&r->source, path, e)) return -1;
+        r->loaded = 1;
+        if (model_source_config(&r->source, c, e)) return -1;
+    }
+    if (given(r, &o->layer_norm_eps)) c->layer_norm_eps = o->layer_norm_eps;
+    if (given(r, &o->image_size))
+        c->image_height = o->image_size.height, c->image_width = o->image_size.width;
+    if (given(r, &o->patch_size)) c->patch_size = o->patch_size;
+    if (given(r, &o->embed_dim)) c->embed_dim = o->embed_dim;
+    if (given(r, &o->depth)) c->depth = o->depth;
+    if (given(r, &o->num_heads)) c->num_heads = o->num_heads;
+    if (given(r, &o->mlp_ratio)) c->mlp_ratio = o->mlp_ratio;
+    if (given(r, &o->num_classes)) c->num_classes = o->num_classes;
+    c->drop_path = o->drop_path;
+    c->label_smoothing = o->label_smoothing;
+    if (!c->num_heads || !c->image_height)
+        return error_set(e, "%s: its tensors do not tell the %s, expected --%s", r->source.path,
+                         c->num_heads ? "image size" : "number of heads",
+                         c->num_heads ? "image-size" : "num-heads");
+    return 0;
+}
+
+static int prepare_dataset(run *r, dataset *d, dataset_kind kind, int train, error_text *e) {
+    train_options *o = &r->o;
+    const vit_config *c = &r->config;
+    size_t limit = train ? o->limit_train : o->limit_val;
+    if (limit == SIZE_MAX) limit = 0;
+    if (kind != DATASET_SYNTHETIC)
+        return dataset_load(d, kind, *o->data_path ? o->data_path : NULL, train, limit, e);
+    size_t classes = given(r, &o->num_classes) || r->loaded ? c->num_classes : 10;
+    return dataset_synthetic(d,
+                             limit   ? limit
+                             : train ? 1024
+                                     : 256,
+                             c->channels, c->image_height, c->image_width, classes, o->seed, train, e);
+}
+
+/* Loads the data and makes model and data fit each other. */
+static int prepare_data(run *r, dataset_kind kind, error_text *e) {
+    train_options *o = &r->o;
+    vit_config *c = &r->config;
+    int small = !*o->model && !r->loaded; /* the data set's own model */
+    if (prepare_dataset(r, &r->val, kind, 0, e)) return -1;
+    if (!r->evaluating &&
+        (prepare_dataset(r, &r->train, kind, 1, e) || dataset_same_shape(&r->train, &r->val, e)))
+        return -1;
+    const dataset *d = &r->val;
+    if (small) {
+        c->channels = d->channels;
+        if (!given(r, &o->image_size)) c->image_height = d->height, c->image_width = d->width;
+    }
+    if (!given(r, &o->num_classes) && !r->loaded) c->num_classes = d->classes;
+    if (d->classes > c->num_classes)
+        return error_set(e, "%s has %zu classes, more than the model's %zu (--num-classes)",
+                         dataset_kind_names[kind], d->classes, c->num_classes);
+    if (d->height != c->image_height || d->width != c->image_width)
+        return error_set(e,
+                         "%s has images of %zux%zu, the model takes %zux%zu: resizing is not built yet "
+                         "(--image-size %zux%zu)",
+                         dataset_kind_names[kind], d->height, d->width, c->image_height, c->image_width,
+                         d->height, d->width);
+    if (d->channels != c->channels && !(d->channels == 1 && c->channels == 3))
+        return error_set(e, "%s has images of %zu channels, the model takes %zu", dataset_kind_names[kind],
+                         d->channels, c->channels);
+    for (int i = 0; i < 3; i++) { /* the user's, else the loaded model's, else the data set's */
+        if (o->mean.count)
+            r->val.mean[i] = (float)o->mean.values[o->mean.count == 1 ? 0 : i];
+        else if (r->loaded)
+            r->val.mean[i] = r->source.has_normalisation ? r->source.mean[i] : 0.5f;
+        if (o->std.count)
+            r->val.std[i] = (float)o->std.values[o->std.count == 1 ? 0 : i];
+        else if (r->loaded)
+            r->val.std[i] = r->source.has_normalisation ? r->source.std[i] : 0.5f;
+        r->train.mean[i] = r->val.mean[i];
+        r->train.std[i] = r->val.std[i];
+    }
+    r->card = (model_card){r->val.mean, r->val.std, r->val.label_names, r->val.classes};
+    return 0;
+}
+
+/* Fills in every default that depends on something else; config.json shows what came of it. */
+static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
+    train_options *o = &r->o;
+    vit_config *c = &r->config;
+    size_t n = r->ranks = o->nproc_per_node, cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN),
+           M = o->gradient_accumulation_steps;
+    if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > n ? cores / n : 1;
+    if (o->strategy < 0) o->strategy = n > 1 && !r->evaluating ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
+    if (r->evaluating && n > 1) o->strategy = CHOICE_STRATEGY_DDP;
+    if (o->backend < 0) o->backend = CHOICE_BACKEND_LOCAL;
+    if (o->gradient_reduction < 0) o->gradient_reduction = CHOICE_REDUCTION_LAST;
+    if (o->learning_rate != o->learning_rate) o->learning_rate = recipes[kind].learning_rate;
+    if (o->batch_size == SIZE_MAX) o->batch_size = n < 64 ? 64 / n : 1;
+    o->dataset = CHOICE_DATASET_DIGITS + (int)kind;
+    snprintf(o->model, sizeof o->model, "%s", c->name);
+    o->image_size = (option_extent){c->image_height, c->image_width};
+    o->patch_size = c->patch_size;
+    o->embed_dim = c->embed_dim;
+    o->depth = c->depth;
+    o->num_heads = c->num_heads;
+    o->mlp_ratio = c->mlp_ratio;
+    o->num_classes = c->num_classes;
+    o->layer_norm_eps = c->layer_norm_eps;
+    o->mean.count = o->std.count = c->channels == 1 ? 1 : 3;
+    for (int i = 0; i < 3; i++)
+        o->mean.values[i] = (double)r->val.mean[i], o->std.values[i] = (double)r->val.std[i];
+    if (o->strategy == CHOICE_STRATEGY_SINGLE && n > 1)
+        return error_set(e, "strategy single runs on one rank, found --nproc-per-node %zu; choose dp or ddp",
+                         n);
+    if (r->evaluating) return 0;
+    if (size_multiply(o->batch_size, M, &r->global_batch) ||
+        size_multiply(r->global_batch, n, &r->global_batch) || r->global_batch > r->train.count)
+        return error_set(e,
+                         "a global batch of %zu x %zu x %zu (batch size x accumulation x ranks) is larger "
+                         "than the data set, %zu images",
+                         o->batch_size, M, n, r->train.count);
+    r->steps_per_epoch = r->train.count / r->global_batch;
+    if (o->epochs == SIZE_MAX) /* with a number of steps alone: as many epochs as they take */
+        o->epochs = o->max_steps == SIZE_MAX ? recipes[kind].epochs
+                                             : (o->max_steps + r->steps_per_epoch - 1) / r->steps_per_epoch;
+    if (size_multiply(o->epochs, r->steps_per_epoch, &r->steps)) r->steps = SIZE_MAX;
+    if (r->steps > o->max_steps) r->steps = o->max_steps;
+    if (o->warmup_steps == SIZE_MAX) o->warmup_steps = r->steps / 20;
+    return 0;
+}
+
+static int prepare(run *r, error_text *e) {
+    dataset_kind kind;
+    train_options *o = &r->o;
+    quoted dataset = options_choice(&train_table, o, &o->dataset);
+    if (dataset_choose(dataset.text, *o->data_path ? o->data_path : NULL, &kind, e)) return -1;
+    return prepare_config(r, kind, e) || prepare_data(r, kind, e) || prepare_plan(r, kind, e) ||
+                   vit_model_init(&r->model, &r->config, RT_FP32, e) ||
+                   (r->loaded && model_source_check(&r->source, &r->model, e))
+               ? -1
+               : 0;
+}
+
+/* --------------------------------------------------------------------------------------------------------- batches */
+
+/* One rank's micro-batches in host memory, and the model's state that it trains. */
+typedef struct trainer {
+    run *r;
+    rt_rank *rank;
+    dist_comm comm;
+    dist d;
+    uint32_t *order; /* [train.count] of the epoch */
+    float *images;   /* [B, C, height, width] */
+    int32_t *labels; /* [B] */
+    uint64_t *keys;  /* [B] */
+    float *logits;   /* [B, V] */
+    float *losses;   /* [B] */
+    double data_s;   /* seconds spent on preparing batches */
+    /* rank 0 */
+    metrics_file metrics;
+    double started, best_accuracy, last_accuracy;
+    char best[32], latest[32]; /* folders */
+    size_t evaluated;          /* the step of the last evaluation */
+} trainer;
+
+/* Micro-batch m of the step of the epoch: sample b is number (b M + m) N + r of its global batch. */
+static void load_batch(trainer *t, size_t epoch, size_t step, size_t m) {
+    const run *r = t->r;
+    const train_options *o = &r->o;
+    const vit_config *c = &r->config;
+    size_t pixels = c->channels * c->image_height * c->image_width;
+    double start = rt_seconds();
+    for (size_t b = 0; b < o->batch_size; b++) {
+        size_t number = sampler_number(b, m, o->gradient_accumulation_steps, (size_t)t->rank->rank, r->ranks);
+        size_t index = t->order[step * r->global_batch + number];
+        dataset_sample(&r->train, index,
+                       o->augmentation == CHOICE_AUGMENTATION_BASIC ? AUGMENTATION_BASIC : AUGMENTATION_NONE,
+                       o->seed, epoch, c->channels, t->images + b * pixels);
+        t->labels[b] = r->train.labels[index];
+        t->keys[b] = random_key(o->seed, RANDOM_DROP_PATH, epoch, index);
+    }
+    t->data_s += rt_seconds() - start;
+}
+
+/* ------------------------------------------------------------------------------------------------------ evaluation */
+
+typedef struct evaluation {
+    size_t images;
+    double loss;
+    scores scores;
+} evaluation;
+
+/* Every image of the validation set exactly once: rank r takes r, r + N, ...; the last batches are filled up with blanks
+ * that do not count. All that is summed over ranks is an integer. */
+static int evaluate(trainer *t, evaluation *result) {
+    const run *r = t->r;
+    const vit_config *c = &r->config;
+    size_t pixels = c->channels * c->image_height * c->image_width, B = r->o.batch_size, V = r->model.V,
+           N = r->ranks;
+    size_t batches = (r->val.count + N * B - 1) / (N * B), length = 5 + 3 * V;
+    int64_t *counts = calloc(length, sizeof *counts), loss = 0, bad = 0;
+    if (!counts) return rt_fail(t->rank, "rank %d: out of memory for %zu counts", t->rank->rank, length);
+    score_counts s = {.hit = counts + 5, .predicted = counts + 5 + V, .actual = counts + 5 + 2 * V};
+    for (size_t k = 0; k < batches && !rt_failed(t->rank); k++) {
+        for (size_t b = 0; b < B; b++) {
+            size_t index = (k * B + b) * N + (size_t)t->rank->rank;
+            int real = index < r->val.count;
+            float *image = t->images + b * pixels;
+            if (real)
+                dataset_sample(&r->val, index, AUGMENTATION_NONE, 0, 0, c->channels, image);
+            else
+                memset(image, 0, pixels * sizeof *image);
+            t->labels[b] = real ? r->val.labels[index] : 0;
+        }
+        dist_forward(&t->d, t->images, t->labels, t->logits, t->losses, NULL);
+        for (size_t b = 0; b < B && (k * B + b) * N + (size_t)t->rank->rank < r->val.count; b++) {
+            if (isfinite(t->losses[b]) && t->losses[b] < 1e6f)
+                loss += llround((double)t->losses[b] / VIT_LOSS_UNIT);
+            else
+                bad++;
+            score_count(&s, t->logits + b * V, V, (size_t)t->labels[b]);
+        }
+    }
+    int64_t *totals[] = {&s.images, &s.correct, &s.correct_top5, &loss, &bad};
+    for (int i = 0; i < 5; i++) counts[i] = *totals[i];
+    dist_sum(&t->d, counts, length);
+    for (int i = 0; i < 5; i++) *totals[i] = counts[i];
+    *result = (evaluation){(size_t)s.images, (double)loss * VIT_LOSS_UNIT / (double)(s.images ? s.images : 1),
+                           score_result(&s, V)};
+    free(counts);
+    if (bad && !rt_failed(t->rank))
+        return rt_fail(t->rank, "evaluation: found %lld images whose loss is not finite", (long long)bad);
+    return rt_failed(t->rank) ? -1 : 0;
+}
+
+static cJSON *evaluation_line(const evaluation *v, size_t step, size_t epoch) {
+    cJSON *line = metrics_line("eval");
+    metrics_add_count(line, "step", step);
+    metrics_add_count(line, "epoch", epoch);
+    metrics_add_count(line, "images", v->images);
+    metrics_add(line, "val_loss", v->loss);
+    metrics_add(line, "val_accuracy", v->scores.accuracy);
+    metrics_add(line, "val_top5_accuracy", v->scores.top5_accuracy);
+    metrics_add(line, "val_precision", v->scores.precision);
+    metrics_add(line, "val_recall", v->scores.recall);
+    metrics_add(line, "val_f1", v->scores.f1);
+    return line;
+}
+
+/* ------------------------------------------------------------------------------------------------ the training loop */
+
+/* The rate of step t = 0, 1, ... of T with W steps of warm-up. */
+static double scheduled_rate(const train_options *o, size_t t, size_t T) {
+    double lr = o->learning_rate, least = o->min_learning_rate;
+    size_t W = o->warmup_steps;
+    if (t < W) return lr * (double)(t + 1) / (double)W;
+    double done = (double)(t - W) / (double)(T > W ? T - W : 1);
+    switch (o->scheduler) {
+    case CHOICE_SCHEDULER_COSINE: return least + (lr - least) / 2 * (1 + cos(3.141592653589793 * done));
+    case CHOICE_SCHEDULER_LINEAR: return lr + (least - lr) * done;
+    default: return lr;
+    }
+}
+
+static int is_first(const trainer *t) { return t->rank->rank == 0; }
+
+static int log_line(trainer *t, cJSON *line) {
+    error_text e;
+    return metrics_write(&t->metrics, line, &e) ? rt_fail(t->rank, "%s", e.text) : 0;
+}
+
+/* The line that a terminal shows while an epoch runs, and that is printed when it ends. */
+static void show_progress(const trainer *t, size_t epoch, size_t step, double loss, double images_per_s,
+                          double data_share, int ended) {
+    const run *r = t->r;
+    int terminal = isatty(STDERR_FILENO);
+    if (r->o.quiet || (!ended && !terminal)) return;
+    double left = (rt_seconds() - t->started) / (double)step * (double)(r->steps - step);
+    fprintf(
+        stderr,
+        "%sepoch %*zu/%zu  step %*zu/%zu  loss %.4f  %7.0f images/s  data wait %2.0f %%  time left %d:%02d",
+        terminal ? "\r\033[K" : "", r->o.epochs > 9 ? 2 : 1, epoch + 1, r->o.epochs,
+        snprintf(NULL, 0, "%zu", r->steps), step, r->steps, loss, images_per_s, 100 * data_share,
+        (int)(left / 60), (int)left % 60);
+    if (ended && t->evaluated == step) fprintf(stderr, "  val accuracy %.4f", t->last_accuracy);
+    if (ended) fprintf(stderr, "\n");
+}
+
+static int evaluate_and_log(trainer *t, size_t step, size_t epoch) {
+    evaluation v = {0};
+    if (evaluate(t, &v)) return -1;
+    t->evaluated = step;
+    t->last_accuracy = v.scores.accuracy;
+    return is_first(t) ? log_line(t, evaluation_line(&v, step, epoch)) : 0;
+}
+
+static int write_checkpoint(trainer *t, size_t step) {
+    const train_options *o = &t->r->o;
+    error_text e = {{0}};
+    char folder[CHECKPOINT_PATH], pointer[CHECKPOINT_PATH], name[32];
+    double start = rt_seconds();
+    snprintf(name, sizeof name, "step-%08zu", step);
+    if (snprintf(folder, sizeof folder, "%s/checkpoints/%s", o->output_dir, name) >= CHECKPOINT_PATH)
+        return rt_fail(t->rank, "%.200s...: found too long a path", o->output_dir);
+    if (checkpoint_save(&t->d, folder, &t->r->card, &e))
+        return rt_failed(t->rank) ? -1 : rt_fail(t->rank, "%s", e.text);
+    if (!is_first(t)) return 0;
+    int best = t->evaluated == step && t->last_accuracy > t->best_accuracy;
+    snprintf(t->latest, sizeof t->latest, "%s", name);
+    if (best) {
+        t->best_accuracy = t->last_accuracy;
+        snprintf(t->best, sizeof t->best, "%s", name);
+    }
+    for (int i = 0; i <= best; i++) {
+        snprintf(pointer, sizeof pointer, "%.*s/%s", (int)(strlen(folder) - strlen(name) - 1), folder,
+                 i ? "best" : "latest");
+        if (file_write_atomic(pointer, name, strlen(name), &e)) return rt_fail(t->rank, "%s", e.text);
+    }
+    folder[strlen(folder) - strlen(name) - 1] = 0;
+    checkpoint_prune(folder, o->keep_checkpoints, t->best, t->latest);
+    cJSON *line = metrics_line("checkpoint");
+    metrics_add_count(line, "step", step);
+    snprintf(folder, sizeof folder, "checkpoints/%s", name);
+    cJSON_AddStringToObject(line, "path", folder);
+    metrics_add(line, "seconds", rt_seconds() - start);
+    return log_line(t, line);
+}
+
+/* A loss or a gradient is not finite. Nothing was updated, so the micro-batches can be run again, unit by unit. */
+static int explain_not_finite(trainer *t, size_t epoch, size_t step_of_epoch, size_t step,
+                              const dist_result *result) {
+    size_t N = t->r->ranks, units = t->r->model.units;
+    int64_t *found = calloc(N, sizeof *found); /* [N] 1 + index of the first unit of each rank, 0: none */
+    if (!found) return rt_fail(t->rank, "rank %d: out of memory", t->rank->rank);
+    for (size_t m = 0; m < t->r->o.gradient_accumulation_steps; m++) {
+        size_t unit = units;
+        load_batch(t, epoch, step_of_epoch, m);
+        dist_forward(&t->d, t->images, t->labels, NULL, NULL, &unit);
+        if (!found[t->rank->rank] && unit < units) found[t->rank->rank] = 1 + (int64_t)unit;
+    }
+    dist_sum(&t->d, found, N);
+    size_t first = 0;
+    while (first < N && !found[first]) first++;
+    if (rt_failed(t->rank)) first = N; /* somebody else has said it */
+    const char *what = result->bad_losses ? "the loss" : "the gradient norm";
+    if (first < N && (size_t)t->rank->rank == first)
+        rt_fail(t->rank,
+                "step %zu: %s is not finite: on rank %zu the first unit with a NaN or an infinity is %s",
+                step, what, first, t->r->model.unit[found[first] - 1].name);
+    else if (first == N && is_first(t))
+        rt_fail(t->rank,
+                "step %zu: %s is not finite, though the output of every unit is (forward pass of all ranks)",
+                step, what);
+    free(found);
+    return -1;
+}
+
+static int log_step(trainer *t, size_t step, size_t epoch, const dist_result *result, double rate,
+                    double seconds) {
+    cJSON *line = metrics_line("step");
+    metrics_add_count(line, "step", step);
+    metrics_add_count(line, "epoch", epoch);
+    metrics_add(line, "train_loss", result->loss);
+    metrics_add(line, "learning_rate", rate);
+    metrics_add(line, "grad_norm", result->gradient_norm);
+    metrics_add(line, "step_time_s", seconds);
+    metrics_add(line, "images_per_s", (double)t->r->global_batch / seconds);
+    return log_line(t, line);
+}
+
+/* One epoch, or what is left of the steps; *step counts those that are done. */
+static int train_epoch(trainer *t, size_t epoch, size_t *step) {
+    const run *r = t->r;
+    const train_options *o = &r->o;
+    size_t steps = 0, last = *step + r->steps_per_epoch < r->steps ? *step + r->steps_per_epoch : r->steps;
+    double start = rt_seconds(), data = t->data_s, communication = t->rank->communication_s, loss = 0,
+           checkpoints = 0;
+    sampler_order(o->seed, epoch, r->train.count, o->shuffle, t->order);
+    for (; *step < last; steps++) {
+        double began = rt_seconds(), rate = scheduled_rate(o, *step, r->steps);
+        dist_result result = {0};
+        dist_begin_step(&t->d, *step + 1, rate);
+        for (size_t m = 0; m < o->gradient_accumulation_steps; m++) {
+            load_batch(t, epoch, steps, m);
+            dist_micro_batch(&t->d, m, t->images, t->labels, t->keys);
+        }
+        dist_end_step(&t->d, &result);
+        if (rt_failed(t->rank)) return -1;
+        ++*step;
+        if (result.bad_losses || !isfinite(result.gradient_norm))
+            return explain_not_finite(t, epoch, steps, *step, &result);
+        double now = rt_seconds();
+        loss += result.loss;
+        if (is_first(t) && (*step % o->log_interval == 0 || *step == r->steps)) {
+            if (log_step(t, *step, epoch, &result, rate, now - began)) return -1;
+            show_progress(t, epoch, *step, loss / (double)(steps + 1),
+                          (double)((steps + 1) * r->global_batch) / (now - start - checkpoints),
+                          (t->data_s - data) / (now - start - checkpoints), 0);
+        }
+        if (o->checkpoint_interval_steps != SIZE_MAX && *step % o->checkpoint_interval_steps == 0 &&
+            *step < last) {
+            if (write_checkpoint(t, *step)) return -1;
+            checkpoints += rt_seconds() - now;
+        }
+    }
+    double seconds = rt_seconds() - start - checkpoints, images = (double)(steps * r->global_batch);
+    data = t->data_s - data;
+    communication = t->rank->communication_s - communication;
+    int end = *step == r->steps, due = (epoch + 1) % o->eval_interval == 0;
+    if ((end || due) && evaluate_and_log(t, *step, epoch)) return -1;
+    if ((end || (epoch + 1) % o->checkpoint_interval == 0) && write_checkpoint(t, *step)) return -1;
+    if (!is_first(t)) return 0;
+    show_progress(t, epoch, *step, loss / (double)steps, images / seconds, data / seconds, 1);
+    cJSON *line = metrics_line("epoch");
+    metrics_add_count(line, "epoch", epoch);
+    metrics_add(line, "epoch_time_s", seconds);
+    metrics_add(line, "train_loss", loss / (double)steps);
+    metrics_add(line, "data_time_s", data);
+    metrics_add(line, "communication_time_s", communication);
+    metrics_add(line, "compute_time_s", seconds - data - communication);
+    return log_line(t, line);
+}
+
+/* One `memory` line a rank and one `communication` line a rank and operation. */
+static int log_totals(trainer *t, size_t steps) {
+    enum { MEMORY = 2 * RT_CATEGORIES + 1, LENGTH = MEMORY + 3 * DIST_OPS };
+    size_t N = t->r->ranks;
+    int64_t *all = calloc(N, LENGTH * sizeof *all), *own = all + LENGTH * t->rank->rank;
+    if (!all) return rt_fail(t->rank, "rank %d: out of memory", t->rank->rank);
+    for (int c = 0; c < RT_CATEGORIES; c++) {
+        own[2 * c] = (int64_t)t->rank->ledger.bytes[c];
+        own[2 * c + 1] = (int64_t)t->rank->ledger.peak_bytes[c];
+    }
+    own[MEMORY - 1] = (int64_t)t->rank->ledger.total_peak_bytes;
+    for (int op = 0; op < DIST_OPS; op++) {
+        own[MEMORY + 3 * op] = (int64_t)t->comm.traffic[op].calls;
+        own[MEMORY + 3 * op + 1] = (int64_t)t->comm.traffic[op].elements;
+        own[MEMORY + 3 * op + 2] = llround(t->comm.traffic[op].wire_bytes);
+    }
+    dist_sum(&t->d, all, N * LENGTH);
+    int failed = rt_failed(t->rank);
+    for (size_t k = 0; k < N && is_first(t) && !failed; k++) {
+        const int64_t *x = all + LENGTH * k;
+        cJSON *line = metrics_line("memory");
+        metrics_add_count(line, "rank", k);
+        for (int c = 0; c < RT_CATEGORIES; c++) {
+            char key[64];
+            snprintf(key, sizeof key, "%s_bytes", rt_category_name(c));
+            metrics_add_count(line, key, (uint64_t)x[2 * c]);
+            snprintf(key, sizeof key, "%s_peak_bytes", rt_category_name(c));
+            metrics_add_count(line, key, (uint64_t)x[2 * c + 1]);
+        }
+        metrics_add_count(line, "total_peak_bytes", (uint64_t)x[MEMORY - 1]);
+        failed = log_line(t, line);
+        for (int op = 0; op < DIST_OPS && !failed; op++) {
+            const int64_t *y = x + MEMORY + 3 * op;
+            if (!y[0]) continue;
+            line = metrics_line("communication");
+            metrics_add_count(line, "rank", k);
+            cJSON_AddStringToObject(line, "op", dist_op_name(op));
+            metrics_add(line, "calls_per_step", (double)y[0] / (double)steps);
+            metrics_add(line, "elements_per_step", (double)y[1] / (double)steps);
+            metrics_add(line, "wire_bytes_per_step", (double)y[2] / (double)steps);
+            failed = log_line(t, line);
+        }
+    }
+    free(all);
+    return failed ? -1 : 0;
+}
+
+static int log_start(trainer *t) {
+    const run *r = t->r;
+    cJSON *line = metrics_line("start");
+    metrics_add_count(line, "world_size", r->ranks);
+    metrics_add_count(line, "global_batch_size", r->global_batch);
+    metrics_add_count(line, "parameters", r->model.parameters);
+    cJSON_AddStringToObject(line, "strategy", t->d.strategy->name);
+    cJSON_AddStringToObject(line, "device", t->d.device->name);
+    cJSON_AddStringToObject(line, "precision", "fp32");
+    metrics_add_count(line, "steps", r->steps);
+    if (log_line(t, line) || r->o.quiet) return 0;
+    const train_options *o = &r->o;
+    fprintf(stderr,
+            "%s, %zux%zu images, patch %zu, dim %zu, depth %zu, heads %zu, %zu classes: %zu parameters\n",
+            r->config.name, r->config.image_height, r->config.image_width, r->config.patch_size,
+            r->config.embed_dim, r->config.depth, r->config.num_heads, r->config.num_classes,
+            r->model.parameters);
+    fprintf(stderr, "%s: %zu training images, %zu validation images\n", dataset_kind_names[r->val.kind],
+            r->train.count, r->val.count);
+    fprintf(stderr, "strategy %s on %zu rank%s of %zu thread%s, %s\n", t->d.strategy->name, r->ranks,
+            r->ranks > 1 ? "s" : "", o->threads_per_rank, o->threads_per_rank > 1 ? "s" : "",
+            vit_cpu_description(t->rank));
+    fprintf(stderr, "global batch %zu = %zu batch size x %zu accumulation x %zu ranks; %zu steps\n",
+            r->global_batch, o->batch_size, o->gradient_accumulation_steps, r->ranks, r->steps);
+    fprintf(stderr, "results go to %s\n", o->output_dir);
+    return 0;
+}
+
+/* config.json: enough to run it again. */
+static int write_config(trainer *t) {
+    const run *r = t->r;
+    struct utsname host;
+    error_text e;
+    char path[CHECKPOINT_PATH];
+    cJSON *root = cJSON_CreateObject(), *about = cJSON_CreateObject();
+    uname(&host);
+    cJSON_AddItemToObject(root, "options", options_to_json(&train_table, &r->o));
+    cJSON_AddStringToObject(about, "version", TRAIN_VERSION);
+    cJSON_AddStringToObject(about, "host", host.nodename);
+    cJSON_AddStringToObject(about, "devices", t->d.device->name);
+    cJSON_AddStringToObject(about, "libraries",
+                            "cJSON, zlib"
+#ifdef HAVE_OPENBLAS
+                            ", OpenBLAS"
+#endif
+    );
+    cJSON_AddStringToObject(about, "matrix_product", vit_cpu_description(t->rank));
+    cJSON_AddNumberToObject(about, "threads", (double)r->o.threads_per_rank);
+    cJSON_AddItemToObject(root, "run", about);
+    char *text = cJSON_Print(root);
+    cJSON_Delete(root);
+    snprintf(path, sizeof path, "%.*s/config.json", CHECKPOINT_PATH - 16, r->o.output_dir);
+    int failed = !text || file_write_atomic(path, text, strlen(text), &e);
+    free(text);
+    return failed ? rt_fail(t->rank, "%s", e.text) : 0;
+}
+
+static int train_loop(trainer *t) {
+    const run *r = t->r;
+    size_t step = 0;
+    t->best_accuracy = -1;
+    t->evaluated = SIZE_MAX;
+    if (is_first(t)) {
+        error_text e;
+        char path[CHECKPOINT_PATH];
+        snprintf(path, sizeof path, "%.*s/metrics.jsonl", CHECKPOINT_PATH - 16, r->o.output_dir);
+        if (write_config(t)) return -1;
+        if (metrics_open(&t->metrics, path, &e)) return rt_fail(t->rank, "%s", e.text);
+        if (log_start(t)) return -1;
+    }
+    t->started = rt_seconds();
+    for (size_t epoch = 0; step < r->steps; epoch++)
+        if (train_epoch(t, epoch, &step)) return -1;
+    double seconds = rt_seconds() - t->started;
+    if (log_totals(t, step) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
+    cJSON *line = metrics_line("end");
+    metrics_add_count(line, "steps", step);
+    metrics_add(line, "seconds", seconds);
+    metrics_add(line, "images_per_s", (double)(step * r->global_batch) / seconds);
+    metrics_add(line, "best_val_accuracy", t->best_accuracy);
+    if (log_line(t, line)) return -1;
+    printf("validation accuracy %.4f (best %.4f) after %zu steps, %.1f s\nresults: %s\n", t->last_accuracy,
+           t->best_accuracy, step, seconds, r->o.output_dir);
+    return 0;
+}
+
+static int eval_once(trainer *t) {
+    evaluation v = {0};
+    if (evaluate(t, &v) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
+    cJSON *line = evaluation_line(&v, 0, 0);
+    cJSON_DeleteItemFromObject(line, "event");
+    char *text = cJSON_PrintUnformatted(line);
+    cJSON_Delete(line);
+    if (text) puts(text);
+    free(text);
+    return 0;
+}
+
+/* What every rank does from its first moment to its last. */
+static int rank_body(rt_rank *rank, void *argument) {
+    run *r = argument;
+    const train_options *o = &r->o;
+    const vit_config *c = &r->config;
+    size_t B = o->batch_size, V = r->model.V, pixels = c->channels * c->image_height * c->image_width;
+    trainer t = {.r = r, .rank = rank};
+    error_text e = {{0}};
+    rank->threads = (int)o->threads_per_rank;
+    if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, (vit_matmul)o->matmul, &e))
+        return rt_fail(rank, "%s", e.text);
+    size_t counts = 5 + 3 * V, totals = r->ranks * (2 * RT_CATEGORIES + 1 + 3 * DIST_OPS);
+    quoted strategy = options_choice(&train_table, o, &o->strategy);
+    dist_options d = {.strategy = strategy.text,
+                      .batch_size = B,
+                      .accumulation = o->gradient_accumulation_steps,
+                      .bucket_size_mb = o->bucket_size_mb,
+                      .reduction = o->gradient_reduction == CHOICE_REDUCTION_LAST ? DIST_REDUCE_LAST
+                                                                                  : DIST_REDUCE_EVERY,
+                      .optimizer = o->optimizer == CHOICE_OPTIMIZER_ADAMW ? DIST_ADAMW : DIST_SGD,
+                      .adamw = {o->beta1, o->beta2, o->eps, o->weight_decay},
+                      .sgd = {o->momentum, o->weight_decay},
+                      .gradient_clipping = o->gradient_clipping,
+                      .counts = counts > totals ? counts : totals};
+    t.order = calloc(r->train.count + 1, sizeof *t.order);
+    t.images = calloc(B, pixels * sizeof *t.images);
+    t.labels = calloc(B, sizeof *t.labels);
+    t.keys = calloc(B, sizeof *t.keys);
+    t.logits = calloc(B, V * sizeof *t.logits);
+    t.losses = calloc(B, sizeof *t.losses);
+    if (!t.order || !t.images || !t.labels || !t.keys || !t.logits || !t.losses) {
+        rt_fail(rank, "rank %d: out of memory for batches of %zu images", rank->rank, B);
+    } else if (!dist_comm_open(&t.comm, r->hub, rank, &vit_cpu)) {
+        int failed = dist_open(&t.d, &t.comm, &r->model, &d, &e);
+        if (!failed && r->loaded) failed = model_source_load(&r->source, &t.d, &e);
+        for (size_t u = 0; u < r->model.units && !failed && !r->loaded; u++) {
+            float *values = malloc(r->model.unit[u].count * sizeof *values);
+            if (!values)
+                failed = error_set(&e, "rank %d: out of memory", rank->rank);
+            else
+                vit_unit_initialise(&r->model.unit[u], o->seed, values), dist_import(&t.d, u, values);
+            free(values);
+        }
+        if (failed)
+            rt_fail(rank, "%s", e.text);
+        else if (!rt_failed(rank))
+            (r->evaluating ? eval_once : train_loop)(&t);
+        dist_close(&t.d);
+    }
+    metrics_close(&t.metrics);
+    dist_comm_close(&t.comm);
+    vit_cpu.close(rank);
+    void *host[] = {t.order, t.images, t.labels, t.keys, t.logits, t.losses};
+    for (size_t i = 0; i < sizeof host / sizeof *host; i++) free(host[i]);
+    return 0;
+}
+
+/* -------------------------------------------------------------------------------------------------------- commands */
+
+/* Makes the output directory. One that already holds a run is not touched. */
+static int prepare_output(run *r, error_text *e) {
+    train_options *o = &r->o;
+    char path[CHECKPOINT_PATH], stamp[32];
+    const char *const traces[] = {"config.json", "metrics.jsonl", "checkpoints"};
+    time_t now = time(NULL);
+    struct tm local;
+    localtime_r(&now, &local);
+    strftime(stamp, sizeof stamp, "%Y%m%d-%H%M%S", &local);
+    if (!*o->output_dir)
+        snprintf(o->output_dir, sizeof o->output_dir, "runs/%s-%.64s-%s", stamp, r->config.name,
+                 options_choice(&train_table, o, &o->strategy).text);
+    for (size_t i = 0; i < 3; i++) {
+        struct stat st;
+        if (checkpoint__join(path, o->output_dir, traces[i], e)) return -1;
+        if (!stat(path, &st))
+            return error_set(e,
+                             "%s: found %s, so it already holds a run; choose another --output-dir (--resume "
+                             "is not built yet)",
+                             o->output_dir, traces[i]);
+    }
+    return directory_make(o->output_dir, e);
+}
+
+static int run_ranks(run *r, error_text *e, char **table) {
+    rt_world world;
+    if (rt_world_init(&world, (int)r->ranks, RT_CHECK))
+        return error_set(e, "out of memory for %zu ranks", r->ranks);
+    int failed = -1;
+    if ((r->hub = dist_hub_create(&world)))
+        failed = rt_run(&world, rank_body, r);
+    else
+        error_set(e, "out of memory for %zu ranks", r->ranks);
+    if (failed && r->hub) *e = world.error;
+    if (world.table) *table = strdup(world.table);
+    dist_hub_free(r->hub);
+    rt_world_free(&world);
+    return failed;
+}
+
+/* An all-reduce of growing sizes over all ranks, checked and timed as nccl-tests does: algorithm bandwidth = bytes / time,
+ * bus bandwidth = that times 2 (N - 1) / N. */
+static int env_body(rt_rank *rank, void *argument) {
+    run *r = argument;
+    error_text e;
+    dist_comm comm;
+    rank->threads = (int)r->o.threads_per_rank;
+    if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, &e))
+        return rt_fail(rank, "%s", e.text);
+    if (rank->rank == 0)
+        printf("threads per rank   %d\nmatrix product     %s\n", rank->threads, vit_cpu_description(rank));
+    if (r->ranks > 1 && !dist_comm_open(&comm, r->hub, rank, &vit_cpu)) {
+        if (rank->rank == 0)
+            printf("\nall-reduce over %zu ranks (fp32, local transport)\n%12s %12s %14s %14s\n", r->ranks,
+                   "bytes", "time us", "algorithm GB/s", "bus GB/s");
+        for (size_t count = 256; count <= (size_t)1 << 24 && !rt_failed(rank); count *= 16) {
+            enum { ROUNDS = 9 };
+            double best = 1e30, n = (double)r->ranks, bytes = 4. * (double)count;
+            rt_event done = {0};
+            rt_block x = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_FP32, count, 1);
+            for (int round = 0; round < ROUNDS && !rt_failed(rank); round++) {
+                for (size_t i = 0; i < count; i++)
+                    ((float *)x.data)[i] = (float)(i % 1024) + (float)rank->rank;
+                dist_post(&comm,
+                          &(dist_call){
+                              .op = DIST_BARRIER, .unit = "env", .stream = RT_COMMUNICATION, .done = &done});
+                rt_wait(rank, RT_HOST, &done);
+                double start = rt_seconds();
+                dist_post(&comm, &(dist_call){.op = DIST_ALL_REDUCE,
+                                              .in = x,
+                                              .out = x,
+                                              .unit = "env",
+                                              .stream = RT_COMMUNICATION,
+                                              .done = &done});
+                rt_wait(rank, RT_HOST, &done);
+                if (rt_seconds() - start < best) best = rt_seconds() - start;
+                for (size_t i = 0; i < count && !rt_failed(rank); i++) {
+                    float expected =
+                        (float)r->ranks * (float)(i % 1024) + (float)(r->ranks * (r->ranks - 1) / 2);
+                    if (((float *)x.data)[i] != expected)
+                        rt_fail(rank, "all-reduce of %zu elements: found %g at %zu on rank %d, expected %g",
+                                count, (double)((float *)x.data)[i], i, rank->rank, (double)expected);
+                }
+            }
+            if (rank->rank == 0)
+                printf("%12.0f %12.1f %14.2f %14.2f\n", bytes, 1e6 * best, 1e-9 * bytes / best,
+                       1e-9 * bytes / best * 2 * (n - 1) / n);
+            rt_free(rank, RT_COMMUNICATION_BUFFERS, &x);
+        }
+        dist_comm_close(&comm);
+    }
+    vit_cpu.close(rank);
+    return 0;
+}
+
+static int command_env(run *r, error_text *e, char **table) {
+    struct utsname host;
+    size_t cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN);
+    rt_world world;
+    uname(&host);
+    r->ranks = r->o.nproc_per_node;
+    if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > r->ranks ? cores / r->ranks : 1;
+    printf("version            %s\nhost               %s, %s %s\ncores              %zu\nmemory             "
+           "%.1f GB\n",
+           TRAIN_VERSION, host.nodename, host.sysname, host.machine, cores,
+           1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
+    printf("devices            cpu (cuda is not built yet)\nbackends           local (tcp, mpi and nccl are "
+           "not built yet)\n");
+    if (rt_world_init(&world, (int)r->ranks, RT_CHECK) || !(r->hub = dist_hub_create(&world)))
+        return error_set(e, "out of memory for %zu ranks", r->ranks);
+    int failed = rt_run(&world, env_body, r);
+    *e = world.error;
+    if (world.table) *table = strdup(world.table);
+    dist_hub_free(r->hub);
+    rt_world_free(&world);
+    return failed;
+}
+
+static int command_help(const train_options *o, error_text *e) {
+    const char *topic = o->state.argument_count ? o->state.arguments[0] : NULL;
+    if (topic && !strcmp(topic, "cluster")) return error_set(e, "help cluster is not built yet");
+    if (!topic || strcmp(topic, "model")) return options_help(&train_table, topic, stdout, e);
+    printf("%-24s %6s %6s %6s %6s %6s %14s\n", "name", "image", "patch", "dim", "depth", "heads",
+           "parameters");
+    for (size_t i = 0; vit_config_name(i); i++) {
+        vit_config c;
+        vit_model m;
+        if (vit_config_named(&c, vit_config_name(i), e) || vit_model_init(&m, &c, RT_FP32, e)) return -1;
+        printf("%-24s %6zu %6zu %6zu %6zu %6zu %14zu\n", c.name, c.image_height, c.patch_size, c.embed_dim,
+               c.depth, c.num_heads, m.parameters);
+        vit_model_free(&m);
+    }
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- main */
+
+/* Threads that wait for each other must sleep, not spin: ranks are threads too, and there may be more than cores. OpenMP
+ * reads this when it is loaded, so the program sets it and starts itself again. */
+static void sleep_while_waiting(char **argv) {
+    if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    setenv("GOMP_SPINCOUNT", "1000", 1);
+    execv("/proc/self/exe", argv); /* if that fails, the program is slower at worst */
+}
+
+int main(int argc, char **argv) {
+    sleep_while_waiting(argv);
+    run *r = calloc(1, sizeof *r);
+    error_text e = {{0}};
+    char *table = NULL;
+    int status = 1;
+    if (!r) return fprintf(stderr, "train: error: out of memory\n"), 1;
+    if (options_parse(&train_table, argc, argv, &r->o, &e)) {
+        status = 2;
+    } else if (r->o.state.command == COMMAND_HELP) {
+        status = command_help(&r->o, &e) ? 2 : 0;
+    } else if (r->o.state.command == COMMAND_ENV) {
+        status = command_env(r, &e, &table) ? 1 : 0;
+    } else {
+        r->evaluating = r->o.state.command == COMMAND_EVAL;
+        if (r->evaluating && !*r->o.checkpoint) {
+            error_set(&e, "eval: found no --checkpoint, expected the model to evaluate");
+            status = 2;
+        } else if (!prepare(r, &e) && (r->evaluating || !prepare_output(r, &e))) {
+            status = run_ranks(r, &e, &table) ? 1 : 0;
+        }
+    }
+    if (!status && fflush(stdout))
+        status = 1, error_set(&e, "stdout: cannot be written: %s", strerror(errno));
+    if (status) fprintf(stderr, "train: error: %s\n%s", e.text, table ? table : "");
+    dataset_free(&r->train);
+    dataset_free(&r->val);
+    model_source_close(&r->source);
+    vit_model_free(&r->model);
+    free(table);
+    free(r);
+    return status;
+}

@@ -1,0 +1,1085 @@
+/* vit.h - the Vision Transformer of timm as a chain of units, in C.
+ *
+ * Use in ten lines, from any program (complete: tests/example.c):
+ *
+ *     #define VIT_IMPLEMENTATION
+ *     #include "vit.h"
+ *     ...
+ *     vit_config config;
+ *     vit_replica vit;
+ *     vit_config_named(&config, "vit_tiny_patch16_224", &e);
+ *     config.num_classes = 10;
+ *     vit_open(&vit, &config, &vit_cpu, RT_FP32, 8, &e);      // batches of 8 images, random weights
+ *     double loss = vit_forward(&vit, images, labels);        // images [8, 3, 224, 224] float, labels [8] int32
+ *     vit_backward(&vit);                                     // gradients of the mean loss in vit.gradients
+ *     vit_close(&vit);
+ *
+ * Contents: configurations, the device table, tensors and units, the context, activations, one replica,
+ * operations.
+ *
+ * A model is a chain of units: embedding, block 0 .. depth-1, head. A unit owns a contiguous flat run of
+ * parameters and maps one activation to the next. It is the grain of everything that distributes training: what
+ * ZeRO-3 gathers, what a pipeline stage is cut from, what activation checkpointing recomputes. This file knows no
+ * rank but its own and no strategy; dist.h runs the same units.
+ *
+ * The architecture is timm's VisionTransformer (Dosovitskiy et al. 2020, arXiv 2010.11929): pre-LN blocks, exact erf
+ * GELU, qkv with bias packed q | k | v, each head by head, a class token, learned positions, drop-path (stochastic
+ * depth), a final LayerNorm of which only the class token is used, a linear head.
+ * Letters in shapes: B images of a micro-batch, C channels, P patch side, N patches, T = N + 1 tokens, D embedding
+ * size, H heads, F hidden size of the MLP, V classes. Everything is row-major.
+ *
+ * What it leaves out: dropout other than drop-path, pooling other than the class token, dynamic image sizes.
+ *
+ * Threads and lifetime: a vit_model is read-only after vit_model_init and may be shared by ranks; everything else
+ * belongs to one rank. Nothing here prints or exits.
+ */
+#ifdef VIT_IMPLEMENTATION
+#define RUNTIME_IMPLEMENTATION
+#endif
+#include "runtime.h"
+
+#ifndef VIT_H
+#define VIT_H
+
+/* -------------------------------------------------------------------------------------------------- configurations */
+
+typedef struct vit_config {
+    char name[64]; /* the timm name that it began as */
+    size_t image_height, image_width, channels, patch_size;
+    size_t embed_dim, depth, num_heads, num_classes;
+    double mlp_ratio;       /* F = (size_t)(embed_dim * mlp_ratio), as timm's int() */
+    double layer_norm_eps;  /* timm 1e-6, Hugging Face 1e-12 */
+    double drop_path;       /* rate of the last block; it grows linearly from 0 in the first */
+    double label_smoothing; /* of the loss */
+} vit_config;
+
+/* The configuration of a timm model (3 channels, 1000 classes, eps 1e-6). -1: no such name; the message suggests. */
+int vit_config_named(vit_config *config, const char *name, error_text *e);
+
+/* Names of the built-in configurations, in order of size; NULL after the last. */
+const char *vit_config_name(size_t i);
+
+/* ------------------------------------------------------------------------------------------------ the device table */
+
+/* What changes at every step lives in device memory as one block of doubles, so that a recorded step can be replayed:
+ * the host writes the first group before the step, the device writes the second. */
+enum {
+    VIT_LEARNING_RATE,
+    VIT_BIAS_CORRECTION1, /* 1 - beta1^t */
+    VIT_BIAS_CORRECTION2, /* 1 - beta2^t */
+    VIT_GRADIENT_FACTOR, /* average, unscaling and clipping in one multiplication; 0: skip this step's update */
+    VIT_GRADIENT_NORM,   /* of the averaged gradient, before clipping */
+    VIT_SCALARS
+};
+
+/* Counters of the exact sum of squares: two per binary exponent of a granule's sum, and one for Inf and NaN. The
+ * squares of fp32 numbers, and sums of 16 of them, have exponents -298 .. 260. */
+enum { VIT_GRANULE = 16, VIT_NORM_MIN_EXPONENT = -320, VIT_NORM_EXPONENTS = 640 };
+enum { VIT_NORM_NOT_FINITE = 2 * VIT_NORM_EXPONENTS, VIT_NORM_COUNTERS };
+
+typedef struct vit_adamw_options {
+    double beta1, beta2, eps, weight_decay;
+} vit_adamw_options;
+typedef struct vit_sgd_options {
+    double momentum, weight_decay;
+} vit_sgd_options;
+
+/* The operations of a device. Shapes are those of the blocks' contents; blocks of the model's type unless it says
+ * otherwise. `forward` entries write their first blocks, `backward` entries overwrite gradients of parameters.
+ * An absent optional block has no data. The table is the whole of what a device must offer. */
+typedef struct vit_device {
+    const char *name; /* "cpu" */
+
+    /* Prepares rank->device, rank->allocate and rank->release for a rank; close undoes it. */
+    int (*open)(rt_rank *rank, error_text *e);
+    void (*close)(rt_rank *rank);
+
+    /* Host memory to device memory and back: whole blocks. After copy_out the host may read. */
+    void (*copy_in)(rt_stream *s, rt_block to, const void *from);
+    void (*copy_out)(rt_stream *s, void *to, rt_block from);
+
+    /* Numbers of saved elements that attention_backward needs, for B images. */
+    size_t (*attention_saved)(size_t B, size_t T, size_t H, size_t head_dim);
+
+    /* y [rows, out] = x [rows, in] w [out, in]^T + b [out]. With pre [rows, out]: pre takes that, y = gelu(pre). */
+    void (*linear_forward)(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
+                           size_t rows, size_t in, size_t out);
+    /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w; with pre [rows, in], of
+     * which x = gelu(pre): dx = (dy w) * gelu'(pre). */
+    void (*linear_backward)(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
+                            rt_block w, rt_block pre, size_t rows, size_t in, size_t out);
+
+    /* y [rows, dim] = (x - mean) * rstd * gamma + beta, rstd = 1 / sqrt(variance + eps); row r of x begins at
+     * r * x_stride; mean and rstd [rows] (at least fp32) are kept for backward. */
+    void (*layernorm_forward)(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block x,
+                              rt_block gamma, rt_block beta, size_t rows, size_t dim, size_t x_stride,
+                              double eps);
+    /* dx = residual (optional, may be dx itself) + d LayerNorm / dx; rows of dx, residual and x are x_stride apart. */
+    void (*layernorm_backward)(rt_stream *s, rt_block dx, rt_block dgamma, rt_block dbeta, rt_block residual,
+                               rt_block dy, rt_block x, rt_block mean, rt_block rstd, rt_block gamma,
+                               size_t rows, size_t dim, size_t x_stride);
+
+    /* out [B, T, D] = softmax(q k^T / sqrt(head_dim)) v for each image and head; qkv [B, T, 3, H, head_dim]. */
+    void (*attention_forward)(rt_stream *s, rt_block out, rt_block saved, rt_block qkv, size_t B, size_t T,
+                              size_t H, size_t head_dim);
+    void (*attention_backward)(rt_stream *s, rt_block dqkv, rt_block dout, rt_block qkv, rt_block out,
+                               rt_block saved, size_t B, size_t T, size_t H, size_t head_dim);
+
+    /* out [B, count] = x + k_b branch (branch may be out itself): k_b = 0 with probability rate, else 1 / (1 - rate),
+     * drawn by vit_drop_path_factor(keys [B] (uint64)[b], salt, rate). */
+    void (*residual_forward)(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
+                             size_t count, double rate, uint64_t salt);
+    /* dbranch [B, count] = k_b dout. */
+    void (*residual_backward)(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
+                              size_t count, double rate, uint64_t salt);
+
+    /* patches [B, N, C * P * P] of images [B, C, height, width]; pixels beyond the last whole patch are left out. */
+    void (*patchify_forward)(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,
+                             size_t height, size_t width, size_t P);
+    /* out [B, N + 1, D] = (cls [D] | x [B, N, D]) + pos [N + 1, D]. */
+    void (*embedding_forward)(rt_stream *s, rt_block out, rt_block x, rt_block cls, rt_block pos, size_t B,
+                              size_t N, size_t D);
+    void (*embedding_backward)(rt_stream *s, rt_block dx, rt_block dcls, rt_block dpos, rt_block dout,
+                               size_t B, size_t N, size_t D);
+
+    /* probabilities [B, V] = softmax(logits); losses [B] (at least fp32) = cross entropy with the labels [B] (int32),
+     * smoothed: target = (1 - smoothing) one_hot + smoothing / V. */
+    void (*cross_entropy_forward)(rt_stream *s, rt_block losses, rt_block probabilities, rt_block logits,
+                                  rt_block labels, size_t B, size_t V, double smoothing);
+    /* dlogits = scale * (probabilities - target). */
+    void (*cross_entropy_backward)(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels,
+                                   size_t B, size_t V, double smoothing, double scale);
+    /* total (int64) [0] += sum over b of losses[b] / B in units of VIT_LOSS_UNIT, [1] += number that are not finite. */
+    void (*loss_accumulate)(rt_stream *s, rt_block total, rt_block losses, size_t B);
+
+    /* Optimizers as PyTorch defines them, on a flat run of which the first `decayed` elements decay. The gradient is
+     * first multiplied by scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. */
+    void (*adamw)(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
+                  rt_block scalars, size_t decayed, const vit_adamw_options *o);
+    void (*sgd)(rt_stream *s, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
+                size_t decayed, const vit_sgd_options *o);
+
+    /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x, whose start is a multiple of
+     * 16 elements: the sum of each granule of 16 is formed in double, in a fixed order, then its significand is added
+     * as two integers to the counters of its exponent. Integer sums do not depend on their order. */
+    void (*sum_of_squares)(rt_stream *s, rt_block counters, rt_block x);
+    /* From the counters of the whole gradient (a sum of `divisor` gradients): scalars[VIT_GRADIENT_NORM] = norm /
+     * divisor, scalars[VIT_GRADIENT_FACTOR] = min(1, clip / (norm + 1e-6)) / divisor (clip 0: off); 0 if not finite. */
+    void (*gradient_factor)(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip);
+
+    void (*fill_zero)(rt_stream *s, rt_block x);
+    void (*add)(rt_stream *s, rt_block x, rt_block y); /* x += y */
+    /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by element
+     * (fp32 or int64). A `to` may be one of `from`. Called by the rank that executes, on memory of all ranks. */
+    void (*sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from);
+} vit_device;
+
+#define VIT_LOSS_UNIT 0x1p-36 /* losses are summed over samples and ranks as integers of this unit */
+
+/* The factor of one branch of one sample: 0 or 1 / (1 - rate). Shared by all devices. */
+static inline double vit_drop_path_factor(uint64_t sample_key, uint64_t salt, double rate) {
+    return random_uniform(sample_key, salt) < rate ? 0.0 : 1.0 / (1.0 - rate);
+}
+
+extern const vit_device vit_cpu; /* vit_cpu.c */
+
+/* How a CPU rank multiplies matrices: set in rt_rank.threads and here, before vit_device.open. */
+typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul;
+int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e); /* after open; -1: not built with it */
+const char *vit_cpu_description(const rt_rank *rank);                /* "own product, AVX-512 14x32" */
+
+/* ----------------------------------------------------------------------------------------------- tensors and units */
+
+enum { VIT_ALIGNMENT = 16 }; /* every tensor begins at a multiple of 16 elements of its unit */
+
+typedef enum { VIT_DECAY, VIT_NO_DECAY } vit_kind;
+typedef enum { VIT_ZERO, VIT_ONE, VIT_NORMAL, VIT_UNIFORM } vit_initialiser;
+
+typedef struct vit_tensor {
+    char name[48]; /* timm's: "blocks.3.attn.qkv.weight" */
+    size_t dims, shape[4];
+    size_t offset, count; /* elements; offset within the unit */
+    vit_kind kind;        /* whether weight decay applies: not to biases, norms, cls_token and pos_embed */
+    vit_initialiser initialiser;
+    double scale; /* standard deviation of VIT_NORMAL, bound of VIT_UNIFORM */
+} vit_tensor;
+
+typedef struct vit_unit {
+    char name[32];         /* "embedding", "block 3", "head" */
+    size_t index;          /* position in the chain */
+    vit_tensor tensor[12]; /* decayed tensors first, so that AdamW on any part has one boundary */
+    size_t tensors;
+    size_t count;     /* elements of its parameters, padding included: a multiple of 16 */
+    size_t decayed;   /* elements [0, decayed) decay */
+    double drop_path; /* rate of this block */
+    const struct vit_unit_type *type;
+} vit_unit;
+
+typedef struct vit_model {
+    vit_config config;
+    rt_type type;                            /* of parameters, activations and gradients */
+    size_t N, T, D, H, head_dim, F, V, C, P; /* sizes, see the letters above */
+    size_t units;                            /* depth + 2 */
+    vit_unit *unit;                          /* [units] */
+    size_t parameters;                       /* elements without padding */
+} vit_model;
+
+/* Checks the configuration and lays out its units. -1 with a message for what is mathematically impossible. */
+int vit_model_init(vit_model *model, const vit_config *config, rt_type type, error_text *e);
+void vit_model_free(vit_model *model);
+
+/* Fills one unit's parameters (host memory, [unit->count], padding 0) as timm initialises them: weights of linear layers
+ * and pos_embed normal with deviation 0.02, cls_token 1e-6, the patch projection uniform as PyTorch's Conv2d, biases
+ * 0, norms 1 and 0. Element i of a tensor depends on (seed, tensor, i) alone. */
+void vit_unit_initialise(const vit_unit *unit, uint64_t seed, float *parameters);
+
+/* ------------------------------------------------------------------------------------------------------ the context */
+
+/* The data of one micro-batch in device memory, readable by every unit. */
+typedef struct vit_batch {
+    rt_block images;      /* [B, C, height, width] */
+    rt_block labels;      /* int32 [B] */
+    rt_block sample_keys; /* uint64 [B]: what the sample's own randomness (drop-path) is keyed by */
+} vit_batch;
+
+/* What a unit runs in. */
+typedef struct vit_context {
+    rt_rank *rank;
+    int stream;
+    const vit_device *device;
+    const vit_model *model;
+    const vit_batch *batch;
+    size_t B;
+    int training;       /* drop-path on */
+    double loss_scale;  /* gradients are those of loss_scale * mean loss */
+    rt_block losses;    /* [B]: written by the head */
+    rt_block workspace; /* scratch of one unit, [vit_workspace_bytes] */
+} vit_context;
+
+/* in [B, T, D] -> out [B, T, D]; the embedding has no in, the head's out is the logits [B, V]. */
+void vit_unit_forward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block in, rt_block out,
+                      rt_block saved);
+/* Overwrites grads (padding excepted) and din; dout may be din's other name only where a unit has no din. */
+void vit_unit_backward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block grads,
+                       rt_block in, rt_block saved, rt_block dout, rt_block din);
+
+/* Elements of a unit's output, bytes of what it saves for backward, bytes of scratch of the neediest unit. SIZE_MAX
+ * where that does not fit into size_t. */
+size_t vit_unit_output(const vit_model *model, const vit_unit *unit, size_t B);
+size_t vit_unit_saved_bytes(const vit_model *model, const vit_device *device, const vit_unit *unit, size_t B);
+size_t vit_workspace_bytes(const vit_model *model, size_t B);
+
+/* ------------------------------------------------------------------------------------------------------ activations */
+
+/* The activations of one micro-batch of B images: all that forward leaves for backward, and the batch itself. */
+typedef struct vit_activations {
+    size_t B;
+    vit_batch batch;
+    rt_block *out;        /* [units] output of each unit */
+    rt_block *saved;      /* [units] */
+    rt_block gradient[2]; /* [B, T, D]: gradients of outputs, in turn */
+    rt_block losses;      /* [B] */
+    rt_block workspace;
+} vit_activations;
+
+int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *device, const vit_model *model,
+                         size_t B);
+void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *model);
+
+/* ------------------------------------------------------------------------------------------------------ one replica */
+
+/* A model with all that one process needs to run it alone; dist.h has the training loop of many. */
+typedef struct vit_replica {
+    rt_world world; /* of one rank */
+    const vit_device *device;
+    vit_model model;
+    rt_block parameters, gradients; /* all units, one after the other */
+    size_t *offset;                 /* [units]: where each begins */
+    vit_activations activations;
+    vit_context context;
+} vit_replica;
+
+/* Allocates, and initialises the weights with seed 0. -1 with a message. */
+int vit_open(vit_replica *vit, const vit_config *config, const vit_device *device, rt_type type, size_t B,
+             error_text *e);
+void vit_close(vit_replica *vit);
+
+/* images [B, C, height, width] in the model's type, labels int32 [B]; the mean loss (NaN if the world has failed). */
+double vit_forward(vit_replica *vit, const void *images, const int32_t *labels);
+/* Gradients of that loss with respect to all parameters, into vit->gradients. */
+void vit_backward(vit_replica *vit);
+/* Logits [B, V] of the last forward, in the model's type. */
+void vit_logits(vit_replica *vit, void *logits);
+
+/* ------------------------------------------------------------------------------------------------------- operations */
+
+/* The front ends of the operations: each declares what it reads and writes, calls the device, and advances the
+ * stream's clock. Units use those of the layers (private, below); dist.h uses these. */
+void vit_copy_in(const vit_context *c, rt_block to, const void *from);
+void vit_copy_out(const vit_context *c, void *to, rt_block from);
+void vit_fill_zero(const vit_context *c, rt_block x);
+void vit_add(const vit_context *c, rt_block x, rt_block y);
+void vit_loss_accumulate(const vit_context *c, rt_block total);
+void vit_sum_of_squares(const vit_context *c, rt_block counters, rt_block x);
+void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counters, double divisor,
+                         double clip);
+void vit_adamw(const vit_context *c, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
+               rt_block scalars, size_t decayed, const vit_adamw_options *o);
+void vit_sgd(const vit_context *c, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
+             size_t decayed, const vit_sgd_options *o);
+
+#endif /* VIT_H */
+
+/* ============================================================================================== implementation */
+#ifdef VIT_IMPLEMENTATION
+#undef VIT_IMPLEMENTATION
+
+#include <stdlib.h>
+#include <string.h>
+
+/* a * b * c, or SIZE_MAX, which no allocation survives. */
+static size_t vit__count(size_t a, size_t b, size_t c) {
+    size_t ab, abc;
+    return size_multiply(a, b, &ab) || size_multiply(ab, c, &abc) ? SIZE_MAX : abc;
+}
+
+/* -------------------------------------------------------------------------------------------------- configurations */
+
+static const struct {
+    const char *name;
+    size_t patch, image, dim, depth, heads;
+    double mlp_ratio;
+} vit__configs[] = {
+    {"vit_tiny_patch16_224", 16, 224, 192, 12, 3, 4},
+    {"vit_tiny_patch16_384", 16, 384, 192, 12, 3, 4},
+    {"vit_small_patch32_224", 32, 224, 384, 12, 6, 4},
+    {"vit_small_patch32_384", 32, 384, 384, 12, 6, 4},
+    {"vit_small_patch16_224", 16, 224, 384, 12, 6, 4},
+    {"vit_small_patch16_384", 16, 384, 384, 12, 6, 4},
+    {"vit_base_patch32_224", 32, 224, 768, 12, 12, 4},
+    {"vit_base_patch32_384", 32, 384, 768, 12, 12, 4},
+    {"vit_base_patch16_224", 16, 224, 768, 12, 12, 4},
+    {"vit_base_patch16_384", 16, 384, 768, 12, 12, 4},
+    {"vit_large_patch32_224", 32, 224, 1024, 24, 16, 4},
+    {"vit_large_patch32_384", 32, 384, 1024, 24, 16, 4},
+    {"vit_large_patch16_224", 16, 224, 1024, 24, 16, 4},
+    {"vit_large_patch16_384", 16, 384, 1024, 24, 16, 4},
+    {"vit_huge_patch14_224", 14, 224, 1280, 32, 16, 4},
+    {"vit_giant_patch14_224", 14, 224, 1408, 40, 16, 48. / 11},
+};
+
+const char *vit_config_name(size_t i) {
+    return i < sizeof vit__configs / sizeof *vit__configs ? vit__configs[i].name : NULL;
+}
+
+int vit_config_named(vit_config *config, const char *name, error_text *e) {
+    for (size_t i = 0; vit_config_name(i); i++) {
+        if (strcmp(name, vit__configs[i].name)) continue;
+        *config = (vit_config){.image_height = vit__configs[i].image,
+                               .image_width = vit__configs[i].image,
+                               .channels = 3,
+                               .patch_size = vit__configs[i].patch,
+                               .embed_dim = vit__configs[i].dim,
+                               .depth = vit__configs[i].depth,
+                               .num_heads = vit__configs[i].heads,
+                               .num_classes = 1000,
+                               .mlp_ratio = vit__configs[i].mlp_ratio,
+                               .layer_norm_eps = 1e-6};
+        snprintf(config->name, sizeof config->name, "%s", name);
+        return 0;
+    }
+    return error_set(e, "no model is named %s (`help model` lists them)", name);
+}
+
+/* ----------------------------------------------------------------------------------------------- tensors and units */
+
+/* Appends a tensor to the unit. Call it for the decayed ones first. */
+static void vit__tensor(vit_unit *u, const char *prefix, const char *name, vit_kind kind,
+                        vit_initialiser initialiser, double scale, size_t dims, const size_t *shape) {
+    vit_tensor *t = &u->tensor[u->tensors++];
+    *t = (vit_tensor){.dims = dims,
+                      .offset = u->count,
+                      .count = 1,
+                      .kind = kind,
+                      .initialiser = initialiser,
+                      .scale = scale};
+    snprintf(t->name, sizeof t->name, "%s%s", prefix, name);
+    for (size_t i = 0; i < dims; i++) t->count *= t->shape[i] = shape[i];
+    u->count += (t->count + VIT_ALIGNMENT - 1) / VIT_ALIGNMENT * VIT_ALIGNMENT;
+    if (kind == VIT_DECAY) u->decayed = u->count;
+}
+
+#define VIT__SHAPE(...)                                                                                      \
+    sizeof((size_t[]){__VA_ARGS__}) / sizeof(size_t), (size_t[]) { __VA_ARGS__ }
+
+/* The tensors of each type of unit, in the order in which they lie in memory. */
+enum { EMBED_WEIGHT, EMBED_BIAS, EMBED_CLS, EMBED_POS };
+enum {
+    QKV_WEIGHT,
+    PROJ_WEIGHT,
+    FC1_WEIGHT,
+    FC2_WEIGHT,
+    NORM1_WEIGHT,
+    NORM1_BIAS,
+    QKV_BIAS,
+    PROJ_BIAS,
+    NORM2_WEIGHT,
+    NORM2_BIAS,
+    FC1_BIAS,
+    FC2_BIAS
+};
+enum { HEAD_WEIGHT, HEAD_NORM_WEIGHT, HEAD_NORM_BIAS, HEAD_BIAS };
+
+static void vit__embedding_tensors(vit_unit *u, const vit_model *m) {
+    double bound =
+        1 / sqrt((double)(m->C * m->P * m->P)); /* kaiming_uniform with a = sqrt(5): 1 / sqrt(fan_in) */
+    vit__tensor(u, "patch_embed.proj.", "weight", VIT_DECAY, VIT_UNIFORM, bound,
+                VIT__SHAPE(m->D, m->C, m->P, m->P));
+    vit__tensor(u, "patch_embed.proj.", "bias", VIT_NO_DECAY, VIT_UNIFORM, bound, VIT__SHAPE(m->D));
+    vit__tensor(u, "", "cls_token", VIT_NO_DECAY, VIT_NORMAL, 1e-6, VIT__SHAPE(1, 1, m->D));
+    vit__tensor(u, "", "pos_embed", VIT_NO_DECAY, VIT_NORMAL, 0.02, VIT__SHAPE(1, m->T, m->D));
+}
+
+static void vit__block_tensors(vit_unit *u, const vit_model *m) {
+    char prefix[32];
+    snprintf(prefix, sizeof prefix, "blocks.%zu.", u->index - 1);
+    vit__tensor(u, prefix, "attn.qkv.weight", VIT_DECAY, VIT_NORMAL, 0.02, VIT__SHAPE(3 * m->D, m->D));
+    vit__tensor(u, prefix, "attn.proj.weight", VIT_DECAY, VIT_NORMAL, 0.02, VIT__SHAPE(m->D, m->D));
+    vit__tensor(u, prefix, "mlp.fc1.weight", VIT_DECAY, VIT_NORMAL, 0.02, VIT__SHAPE(m->F, m->D));
+    vit__tensor(u, prefix, "mlp.fc2.weight", VIT_DECAY, VIT_NORMAL, 0.02, VIT__SHAPE(m->D, m->F));
+    vit__tensor(u, prefix, "norm1.weight", VIT_NO_DECAY, VIT_ONE, 0, VIT__SHAPE(m->D));
+    vit__tensor(u, prefix, "norm1.bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->D));
+    vit__tensor(u, prefix, "attn.qkv.bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(3 * m->D));
+    vit__tensor(u, prefix, "attn.proj.bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->D));
+    vit__tensor(u, prefix, "norm2.weight", VIT_NO_DECAY, VIT_ONE, 0, VIT__SHAPE(m->D));
+    vit__tensor(u, prefix, "norm2.bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->D));
+    vit__tensor(u, prefix, "mlp.fc1.bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->F));
+    vit__tensor(u, prefix, "mlp.fc2.bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->D));
+}
+
+static void vit__head_tensors(vit_unit *u, const vit_model *m) {
+    vit__tensor(u, "head.", "weight", VIT_DECAY, VIT_NORMAL, 0.02, VIT__SHAPE(m->V, m->D));
+    vit__tensor(u, "norm.", "weight", VIT_NO_DECAY, VIT_ONE, 0, VIT__SHAPE(m->D));
+    vit__tensor(u, "norm.", "bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->D));
+    vit__tensor(u, "head.", "bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->V));
+}
+
+void vit_unit_initialise(const vit_unit *unit, uint64_t seed, float *parameters) {
+    memset(parameters, 0, unit->count * sizeof *parameters);
+    for (size_t k = 0; k < unit->tensors; k++) {
+        const vit_tensor *t = &unit->tensor[k];
+        uint64_t key = random_key(seed, RANDOM_INITIALISATION, unit->index, k);
+        for (size_t i = 0; i < t->count; i++) {
+            double value = 0;
+            switch (t->initialiser) {
+            case VIT_ZERO: break;
+            case VIT_ONE: value = 1; break;
+            case VIT_NORMAL: value = t->scale * random_normal(key, i); break;
+            case VIT_UNIFORM: value = t->scale * (2 * random_uniform(key, i) - 1); break;
+            }
+            parameters[t->offset + i] = (float)value;
+        }
+    }
+}
+
+/* A typed run of memory that a unit carves up; without data it only measures. */
+typedef struct {
+    rt_block block; /* bytes */
+    size_t used;
+} vit__carver;
+
+static rt_block vit__take(vit__carver *c, rt_type type, size_t count) {
+    size_t bytes, end;
+    if (size_multiply(count, rt_type_size(type), &bytes) || c->used > SIZE_MAX - bytes - 64) {
+        c->used = SIZE_MAX / 2; /* out of memory, whatever follows */
+        return (rt_block){0};
+    }
+    end = c->used + (bytes + 63) / 64 * 64;
+    rt_block b = {.type = type, .count = count, .track = c->block.track, .tracks = c->block.tracks};
+    if (c->block.data) b.data = (char *)c->block.data + c->used;
+    c->used = end;
+    return b;
+}
+
+static rt_block vit__parameter(const vit_unit *u, rt_block flat, int tensor) {
+    return rt_slice(flat, u->tensor[tensor].offset, u->tensor[tensor].count);
+}
+
+/* LayerNorm statistics and losses stay in fp32 in any lower precision. */
+static rt_type vit__statistic(const vit_model *m) { return m->type == RT_FP64 ? RT_FP64 : RT_FP32; }
+
+/* ------------------------------------------------------------------------------------------ operations, front ends */
+
+/* Declares the accesses, calls the device's entry, and accounts for the work: the whole front end of an operation.
+ * Usage: VIT__RUN(c, add, RT_BLOCKS(x, y), RT_BLOCKS(x), flops, bytes, arguments of the entry). */
+#define VIT__RUN(c, entry, reads, writes, flops, bytes, ...)                                                 \
+    do {                                                                                                     \
+        if (!rt_begin((c)->rank, (c)->stream, #entry, reads, writes)) break;                                 \
+        (c)->device->entry(&(c)->rank->stream[(c)->stream], __VA_ARGS__);                                    \
+        rt_end((c)->rank, (c)->stream, flops, bytes);                                                        \
+    } while (0)
+
+static double vit__bytes(rt_block b) { return b.data ? (double)b.count * (double)rt_type_size(b.type) : 0; }
+
+void vit_copy_in(const vit_context *c, rt_block to, const void *from) {
+    VIT__RUN(c, copy_in, RT_BLOCKS({0}), RT_BLOCKS(to), 0, vit__bytes(to), to, from);
+}
+
+void vit_copy_out(const vit_context *c, void *to, rt_block from) {
+    VIT__RUN(c, copy_out, RT_BLOCKS(from), RT_BLOCKS({0}), 0, vit__bytes(from), to, from);
+}
+
+void vit_fill_zero(const vit_context *c, rt_block x) {
+    VIT__RUN(c, fill_zero, RT_BLOCKS({0}), RT_BLOCKS(x), 0, vit__bytes(x), x);
+}
+
+void vit_add(const vit_context *c, rt_block x, rt_block y) {
+    VIT__RUN(c, add, RT_BLOCKS(x, y), RT_BLOCKS(x), (double)x.count, 3 * vit__bytes(x), x, y);
+}
+
+void vit_loss_accumulate(const vit_context *c, rt_block total) {
+    VIT__RUN(c, loss_accumulate, RT_BLOCKS(total, c->losses), RT_BLOCKS(total), (double)c->B,
+             vit__bytes(c->losses), total, c->losses, c->B);
+}
+
+void vit_sum_of_squares(const vit_context *c, rt_block counters, rt_block x) {
+    VIT__RUN(c, sum_of_squares, RT_BLOCKS(counters, x), RT_BLOCKS(counters), 2 * (double)x.count,
+             vit__bytes(x), counters, x);
+}
+
+void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counters, double divisor,
+                         double clip) {
+    VIT__RUN(c, gradient_factor, RT_BLOCKS(scalars, counters), RT_BLOCKS(scalars), (double)counters.count,
+             vit__bytes(counters), scalars, counters, divisor, clip);
+}
+
+void vit_adamw(const vit_context *c, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
+               rt_block scalars, size_t decayed, const vit_adamw_options *o) {
+    VIT__RUN(c, adamw, RT_BLOCKS(param, exp_avg, exp_avg_sq, grad, scalars),
+             RT_BLOCKS(param, exp_avg, exp_avg_sq), 14 * (double)param.count, 7 * vit__bytes(param), param,
+             exp_avg, exp_avg_sq, grad, scalars, decayed, o);
+}
+
+void vit_sgd(const vit_context *c, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
+             size_t decayed, const vit_sgd_options *o) {
+    VIT__RUN(c, sgd, RT_BLOCKS(param, momentum, grad, scalars), RT_BLOCKS(param, momentum),
+             6 * (double)param.count, 5 * vit__bytes(param), param, momentum, grad, scalars, decayed, o);
+}
+
+static void vit__linear_forward(const vit_context *c, rt_block y, rt_block pre, rt_block x, rt_block w,
+                                rt_block b, size_t rows, size_t in, size_t out) {
+    VIT__RUN(c, linear_forward, RT_BLOCKS(x, w, b), RT_BLOCKS(y, pre),
+             2. * (double)rows * (double)in * (double)out,
+             vit__bytes(x) + vit__bytes(w) + vit__bytes(y) + vit__bytes(pre), y, pre, x, w, b, rows, in, out);
+}
+
+static void vit__linear_backward(const vit_context *c, rt_block dx, rt_block dw, rt_block db, rt_block dy,
+                                 rt_block x, rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
+    VIT__RUN(c, linear_backward, RT_BLOCKS(dy, x, w, pre), RT_BLOCKS(dx, dw, db),
+             (dx.data ? 4. : 2.) * (double)rows * (double)in * (double)out,
+             2 * vit__bytes(dy) + vit__bytes(x) + vit__bytes(w) + vit__bytes(dw) + vit__bytes(dx) +
+                 vit__bytes(pre),
+             dx, dw, db, dy, x, w, pre, rows, in, out);
+}
+
+static void vit__layernorm_forward(const vit_context *c, rt_block y, rt_block mean, rt_block rstd, rt_block x,
+                                   rt_block gamma, rt_block beta, size_t rows, size_t stride) {
+    size_t dim = c->model->D;
+    VIT__RUN(c, layernorm_forward, RT_BLOCKS(x, gamma, beta), RT_BLOCKS(y, mean, rstd),
+             8 * (double)(rows * dim), 2 * vit__bytes(y), y, mean, rstd, x, gamma, beta, rows, dim, stride,
+             c->model->config.layer_norm_eps);
+}
+
+static void vit__layernorm_backward(const vit_context *c, rt_block dx, rt_block dgamma, rt_block dbeta,
+                                    rt_block residual, rt_block dy, rt_block x, rt_block mean, rt_block rstd,
+                                    rt_block gamma, size_t rows, size_t stride) {
+    size_t dim = c->model->D;
+    VIT__RUN(c, layernorm_backward, RT_BLOCKS(residual, dy, x, mean, rstd, gamma),
+             RT_BLOCKS(dx, dgamma, dbeta), 16 * (double)(rows * dim),
+             (residual.data ? 4 : 3) * vit__bytes(dy), dx, dgamma, dbeta, residual, dy, x, mean, rstd, gamma,
+             rows, dim, stride);
+}
+
+static void vit__attention_forward(const vit_context *c, rt_block out, rt_block saved, rt_block qkv) {
+    const vit_model *m = c->model;
+    VIT__RUN(c, attention_forward, RT_BLOCKS(qkv), RT_BLOCKS(out, saved),
+             4. * (double)(c->B * m->T * m->T * m->D), vit__bytes(qkv) + vit__bytes(saved) + vit__bytes(out),
+             out, saved, qkv, c->B, m->T, m->H, m->head_dim);
+}
+
+static void vit__attention_backward(const vit_context *c, rt_block dqkv, rt_block dout, rt_block qkv,
+                                    rt_block out, rt_block saved) {
+    const vit_model *m = c->model;
+    VIT__RUN(c, attention_backward, RT_BLOCKS(dout, qkv, out, saved), RT_BLOCKS(dqkv),
+             8. * (double)(c->B * m->T * m->T * m->D),
+             2 * vit__bytes(qkv) + vit__bytes(saved) + 2 * vit__bytes(out), dqkv, dout, qkv, out, saved, c->B,
+             m->T, m->H, m->head_dim);
+}
+
+static void vit__residual_forward(const vit_context *c, rt_block out, rt_block x, rt_block branch,
+                                  double rate, uint64_t salt) {
+    rt_block keys = c->batch->sample_keys;
+    VIT__RUN(c, residual_forward, RT_BLOCKS(x, branch, keys), RT_BLOCKS(out), 2 * (double)out.count,
+             3 * vit__bytes(out), out, x, branch, keys, c->B, out.count / c->B, c->training ? rate : 0, salt);
+}
+
+/* dbranch of out = x + k branch: dout itself where nothing is ever dropped. */
+static rt_block vit__residual_backward(const vit_context *c, rt_block dbranch, rt_block dout, double rate,
+                                       uint64_t salt) {
+    rt_block keys = c->batch->sample_keys;
+    if (rate == 0) return dout;
+    VIT__RUN(c, residual_backward, RT_BLOCKS(dout, keys), RT_BLOCKS(dbranch), (double)dout.count,
+             2 * vit__bytes(dout), dbranch, dout, keys, c->B, dout.count / c->B, rate, salt);
+    return dbranch;
+}
+
+/* ------------------------------------------------------------------------------------------------ unit: embedding */
+
+typedef struct {
+    rt_block patches;
+} vit__embedding_saved;
+
+static vit__embedding_saved vit__carve_embedding(vit__carver *s, const vit_model *m, size_t B) {
+    return (vit__embedding_saved){vit__take(s, m->type, vit__count(B, m->N, m->C * m->P * m->P))};
+}
+
+static void vit__embedding_forward(const vit_context *c, const vit_unit *u, rt_block params, rt_block in,
+                                   rt_block out, rt_block saved_bytes) {
+    const vit_model *m = c->model;
+    vit__embedding_saved saved = vit__carve_embedding(&(vit__carver){saved_bytes, 0}, m, c->B);
+    rt_block images = c->batch->images,
+             x = vit__take(&(vit__carver){c->workspace, 0}, m->type, c->B * m->N * m->D);
+    rt_block cls = vit__parameter(u, params, EMBED_CLS), pos = vit__parameter(u, params, EMBED_POS);
+    (void)in;
+    VIT__RUN(c, patchify_forward, RT_BLOCKS(images), RT_BLOCKS(saved.patches), 0, 2 * vit__bytes(images),
+             saved.patches, images, c->B, m->C, m->config.image_height, m->config.image_width, m->P);
+    vit__linear_forward(c, x, (rt_block){0}, saved.patches, vit__parameter(u, params, EMBED_WEIGHT),
+                        vit__parameter(u, params, EMBED_BIAS), c->B * m->N, m->C * m->P * m->P, m->D);
+    VIT__RUN(c, embedding_forward, RT_BLOCKS(x, cls, pos), RT_BLOCKS(out), (double)out.count,
+             2 * vit__bytes(out), out, x, cls, pos, c->B, m->N, m->D);
+}
+
+static void vit__embedding_backward(const vit_context *c, const vit_unit *u, rt_block params, rt_block grads,
+                                    rt_block in, rt_block saved_bytes, rt_block dout, rt_block din) {
+    const vit_model *m = c->model;
+    vit__embedding_saved saved = vit__carve_embedding(&(vit__carver){saved_bytes, 0}, m, c->B);
+    rt_block dx = vit__take(&(vit__carver){c->workspace, 0}, m->type, c->B * m->N * m->D);
+    rt_block dcls = vit__parameter(u, grads, EMBED_CLS), dpos = vit__parameter(u, grads, EMBED_POS);
+    (void)in, (void)din;
+    VIT__RUN(c, embedding_backward, RT_BLOCKS(dout), RT_BLOCKS(dx, dcls, dpos), (double)dout.count,
+             2 * vit__bytes(dout), dx, dcls, dpos, dout, c->B, m->N, m->D);
+    vit__linear_backward(c, (rt_block){0}, vit__parameter(u, grads, EMBED_WEIGHT),
+                         vit__parameter(u, grads, EMBED_BIAS), dx, saved.patches,
+                         vit__parameter(u, params, EMBED_WEIGHT), (rt_block){0}, c->B * m->N,
+                         m->C * m->P * m->P, m->D);
+}
+
+static size_t vit__embedding_workspace(const vit_model *m, size_t B) {
+    vit__carver w = {0};
+    vit__take(&w, m->type, vit__count(B, m->N, m->D));
+    return w.used;
+}
+
+/* ---------------------------------------------------------------------------------------------------- unit: block */
+
+typedef struct {
+    rt_block norm1, mean1, rstd1; /* [B, T, D], [B, T], [B, T] */
+    rt_block qkv, softmax;        /* [B, T, 3, H, head_dim], as the device likes */
+    rt_block attention;           /* [B, T, D] */
+    rt_block middle;              /* [B, T, D]: the residual stream between the two branches */
+    rt_block norm2, mean2, rstd2;
+    rt_block pre, hidden; /* [B, T, F] before and after GELU */
+} vit__block_saved;
+
+static vit__block_saved vit__carve_block(vit__carver *s, const vit_model *m, const vit_device *device,
+                                         size_t B) {
+    size_t rows = vit__count(B, m->T, 1), x = vit__count(rows, m->D, 1);
+    rt_type statistic = vit__statistic(m);
+    vit__block_saved v;
+    v.norm1 = vit__take(s, m->type, x);
+    v.mean1 = vit__take(s, statistic, rows);
+    v.rstd1 = vit__take(s, statistic, rows);
+    v.qkv = vit__take(s, m->type, vit__count(x, 3, 1));
+    v.softmax = vit__take(s, statistic,
+                          vit__count(rows, m->T, m->H) == SIZE_MAX
+                              ? SIZE_MAX
+                              : device->attention_saved(B, m->T, m->H, m->head_dim));
+    v.attention = vit__take(s, m->type, x);
+    v.middle = vit__take(s, m->type, x);
+    v.norm2 = vit__take(s, m->type, x);
+    v.mean2 = vit__take(s, statistic, rows);
+    v.rstd2 = vit__take(s, statistic, rows);
+    v.pre = vit__take(s, m->type, vit__count(rows, m->F, 1));
+    v.hidden = vit__take(s, m->type, vit__count(rows, m->F, 1));
+    return v;
+}
+
+/* The random numbers of drop-path: one per sample, block and branch. */
+static uint64_t vit__salt(const vit_unit *u, int branch) { return 2 * u->index + (uint64_t)branch; }
+
+static void vit__block_forward(const vit_context *c, const vit_unit *u, rt_block params, rt_block in,
+                               rt_block out, rt_block saved_bytes) {
+    const vit_model *m = c->model;
+    size_t rows = c->B * m->T, D = m->D;
+    rt_block none = {0};
+    vit__block_saved v = vit__carve_block(&(vit__carver){saved_bytes, 0}, m, c->device, c->B);
+#define P(tensor) vit__parameter(u, params, tensor)
+    vit__layernorm_forward(c, v.norm1, v.mean1, v.rstd1, in, P(NORM1_WEIGHT), P(NORM1_BIAS), rows, D);
+    vit__linear_forward(c, v.qkv, none, v.norm1, P(QKV_WEIGHT), P(QKV_BIAS), rows, D, 3 * D);
+    vit__attention_forward(c, v.attention, v.softmax, v.qkv);
+    vit__linear_forward(c, v.middle, none, v.attention, P(PROJ_WEIGHT), P(PROJ_BIAS), rows, D, D);
+    vit__residual_forward(c, v.middle, in, v.middle, u->drop_path, vit__salt(u, 0));
+
+    vit__layernorm_forward(c, v.norm2, v.mean2, v.rstd2, v.middle, P(NORM2_WEIGHT), P(NORM2_BIAS), rows, D);
+    vit__linear_forward(c, v.hidden, v.pre, v.norm2, P(FC1_WEIGHT), P(FC1_BIAS), rows, D, m->F);
+    vit__linear_forward(c, out, none, v.hidden, P(FC2_WEIGHT), P(FC2_BIAS), rows, m->F, D);
+    vit__residual_forward(c, out, v.middle, out, u->drop_path, vit__salt(u, 1));
+}
+
+typedef struct {
+    rt_block branch, norm, wide;
+} vit__block_workspace; /* [B, T, D] twice, [B, T, max(3 D, F)] */
+
+static vit__block_workspace vit__carve_block_workspace(vit__carver *w, const vit_model *m, size_t B) {
+    size_t rows = vit__count(B, m->T, 1), wide = m->F > 3 * m->D ? m->F : 3 * m->D;
+    vit__block_workspace s;
+    s.branch = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    s.norm = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    s.wide = vit__take(w, m->type, vit__count(rows, wide, 1));
+    return s;
+}
+
+static void vit__block_backward(const vit_context *c, const vit_unit *u, rt_block params, rt_block grads,
+                                rt_block in, rt_block saved_bytes, rt_block dout, rt_block din) {
+    const vit_model *m = c->model;
+    size_t rows = c->B * m->T, D = m->D, F = m->F;
+    rt_block none = {0};
+    vit__block_saved v = vit__carve_block(&(vit__carver){saved_bytes, 0}, m, c->device, c->B);
+    vit__block_workspace s = vit__carve_block_workspace(&(vit__carver){c->workspace, 0}, m, c->B);
+    rt_block dhidden = rt_slice(s.wide, 0, rows * F), dqkv = rt_slice(s.wide, 0, rows * 3 * D);
+#define G(tensor) vit__parameter(u, grads, tensor)
+    /* out = middle + k fc2(gelu(fc1(norm2(middle)))) */
+    rt_block dbranch = vit__residual_backward(c, s.branch, dout, u->drop_path, vit__salt(u, 1));
+    vit__linear_backward(c, dhidden, G(FC2_WEIGHT), G(FC2_BIAS), dbranch, v.hidden, P(FC2_WEIGHT), v.pre,
+                         rows, F, D);
+    vit__linear_backward(c, s.norm, G(FC1_WEIGHT), G(FC1_BIAS), dhidden, v.norm2, P(FC1_WEIGHT), none, rows,
+                         D, F);
+    rt_block dmiddle = din;
+    vit__layernorm_backward(c, dmiddle, G(NORM2_WEIGHT), G(NORM2_BIAS), dout, s.norm, v.middle, v.mean2,
+                            v.rstd2, P(NORM2_WEIGHT), rows, D);
+
+    /* middle = in + k proj(attention(qkv(norm1(in)))) */
+    dbranch = vit__residual_backward(c, s.branch, dmiddle, u->drop_path, vit__salt(u, 0));
+    vit__linear_backward(c, s.norm, G(PROJ_WEIGHT), G(PROJ_BIAS), dbranch, v.attention, P(PROJ_WEIGHT), none,
+                         rows, D, D);
+    vit__attention_backward(c, dqkv, s.norm, v.qkv, v.attention, v.softmax);
+    vit__linear_backward(c, s.norm, G(QKV_WEIGHT), G(QKV_BIAS), dqkv, v.norm1, P(QKV_WEIGHT), none, rows, D,
+                         3 * D);
+    vit__layernorm_backward(c, din, G(NORM1_WEIGHT), G(NORM1_BIAS), dmiddle, s.norm, in, v.mean1, v.rstd1,
+                            P(NORM1_WEIGHT), rows, D);
+#undef P
+#undef G
+}
+
+static size_t vit__block_workspace_bytes(const vit_model *m, size_t B) {
+    vit__carver w = {0};
+    vit__carve_block_workspace(&w, m, B);
+    return w.used;
+}
+
+/* ----------------------------------------------------------------------------------------------------- unit: head */
+
+typedef struct {
+    rt_block norm, mean, rstd, probabilities;
+} vit__head_saved; /* [B, D], [B], [B], [B, V] */
+
+static vit__head_saved vit__carve_head(vit__carver *s, const vit_model *m, size_t B) {
+    vit__head_saved v;
+    v.norm = vit__take(s, m->type, vit__count(B, m->D, 1));
+    v.mean = vit__take(s, vit__statistic(m), B);
+    v.rstd = vit__take(s, vit__statistic(m), B);
+    v.probabilities = vit__take(s, vit__statistic(m), vit__count(B, m->V, 1));
+    return v;
+}
+
+/* Only the class token, row 0 of each image, goes on: its rows are T * D apart. */
+static void vit__head_forward(const vit_context *c, const vit_unit *u, rt_block params, rt_block in,
+                              rt_block out, rt_block saved_bytes) {
+    const vit_model *m = c->model;
+    vit__head_saved v = vit__carve_head(&(vit__carver){saved_bytes, 0}, m, c->B);
+    rt_block labels = c->batch->labels;
+    vit__layernorm_forward(c, v.norm, v.mean, v.rstd, in, vit__parameter(u, params, HEAD_NORM_WEIGHT),
+                           vit__parameter(u, params, HEAD_NORM_BIAS), c->B, m->T * m->D);
+    vit__linear_forward(c, out, (rt_block){0}, v.norm, vit__parameter(u, params, HEAD_WEIGHT),
+                        vit__parameter(u, params, HEAD_BIAS), c->B, m->D, m->V);
+    VIT__RUN(c, cross_entropy_forward, RT_BLOCKS(out, labels), RT_BLOCKS(c->losses, v.probabilities),
+             5 * (double)out.count, 2 * vit__bytes(out), c->losses, v.probabilities, out, labels, c->B, m->V,
+             m->config.label_smoothing);
+}
+
+static void vit__head_backward(const vit_context *c, const vit_unit *u, rt_block params, rt_block grads,
+                               rt_block in, rt_block saved_bytes, rt_block dout, rt_block din) {
+    const vit_model *m = c->model;
+    vit__head_saved v = vit__carve_head(&(vit__carver){saved_bytes, 0}, m, c->B);
+    vit__carver w = {c->workspace, 0};
+    rt_block labels = c->batch->labels;
+    rt_block dlogits = vit__take(&w, m->type, c->B * m->V), dnorm = vit__take(&w, m->type, c->B * m->D);
+    (void)dout;
+    VIT__RUN(c, cross_entropy_backward, RT_BLOCKS(v.probabilities, labels), RT_BLOCKS(dlogits),
+             2 * (double)dlogits.count, 2 * vit__bytes(dlogits), dlogits, v.probabilities, labels, c->B, m->V,
+             m->config.label_smoothing, c->loss_scale / (double)c->B);
+    vit__linear_backward(c, dnorm, vit__parameter(u, grads, HEAD_WEIGHT), vit__parameter(u, grads, HEAD_BIAS),
+                         dlogits, v.norm, vit__parameter(u, params, HEAD_WEIGHT), (rt_block){0}, c->B, m->D,
+                         m->V);
+    vit_fill_zero(c, din);
+    vit__layernorm_backward(c, din, vit__parameter(u, grads, HEAD_NORM_WEIGHT),
+                            vit__parameter(u, grads, HEAD_NORM_BIAS), (rt_block){0}, dnorm, in, v.mean,
+                            v.rstd, vit__parameter(u, params, HEAD_NORM_WEIGHT), c->B, m->T * m->D);
+}
+
+static size_t vit__head_workspace(const vit_model *m, size_t B) {
+    vit__carver w = {0};
+    vit__take(&w, m->type, vit__count(B, m->V, 1));
+    vit__take(&w, m->type, vit__count(B, m->D, 1));
+    return w.used;
+}
+
+/* ------------------------------------------------------------------------------------------------------------ models */
+
+/* What the three types of unit differ in. */
+typedef struct vit_unit_type {
+    void (*tensors)(vit_unit *, const vit_model *);
+    void (*forward)(const vit_context *, const vit_unit *, rt_block params, rt_block in, rt_block out,
+                    rt_block saved);
+    void (*backward)(const vit_context *, const vit_unit *, rt_block params, rt_block grads, rt_block in,
+                     rt_block saved, rt_block dout, rt_block din);
+    size_t (*workspace)(const vit_model *, size_t B);
+} vit_unit_type;
+
+static const vit_unit_type vit__embedding = {vit__embedding_tensors, vit__embedding_forward,
+                                             vit__embedding_backward, vit__embedding_workspace};
+static const vit_unit_type vit__block = {vit__block_tensors, vit__block_forward, vit__block_backward,
+                                         vit__block_workspace_bytes};
+static const vit_unit_type vit__head = {vit__head_tensors, vit__head_forward, vit__head_backward,
+                                        vit__head_workspace};
+
+void vit_unit_forward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block in, rt_block out,
+                      rt_block saved) {
+    unit->type->forward(c, unit, params, in, out, saved);
+}
+
+void vit_unit_backward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block grads,
+                       rt_block in, rt_block saved, rt_block dout, rt_block din) {
+    unit->type->backward(c, unit, params, grads, in, saved, dout, din);
+}
+
+size_t vit_unit_output(const vit_model *m, const vit_unit *unit, size_t B) {
+    return unit->type == &vit__head ? vit__count(B, m->V, 1) : vit__count(B, m->T, m->D);
+}
+
+size_t vit_unit_saved_bytes(const vit_model *m, const vit_device *device, const vit_unit *unit, size_t B) {
+    vit__carver s = {0};
+    if (unit->type == &vit__embedding) vit__carve_embedding(&s, m, B);
+    if (unit->type == &vit__block) vit__carve_block(&s, m, device, B);
+    if (unit->type == &vit__head) vit__carve_head(&s, m, B);
+    return s.used;
+}
+
+size_t vit_workspace_bytes(const vit_model *m, size_t B) {
+    size_t most = 0;
+    for (size_t u = 0; u < m->units; u++) {
+        size_t bytes = m->unit[u].type->workspace(m, B);
+        if (most < bytes) most = bytes;
+    }
+    return most;
+}
+
+int vit_model_init(vit_model *m, const vit_config *config, rt_type type, error_text *e) {
+    const vit_config *c = config;
+    *m = (vit_model){.config = *c, .type = type};
+    const struct {
+        const char *name;
+        size_t value, most;
+    } sizes[] = {
+        {"image height", c->image_height, 1 << 16},   {"image width", c->image_width, 1 << 16},
+        {"number of channels", c->channels, 1 << 10}, {"patch size", c->patch_size, 1 << 12},
+        {"embed dim", c->embed_dim, 1 << 17},         {"depth", c->depth, 1 << 12},
+        {"number of heads", c->num_heads, 1 << 17},   {"number of classes", c->num_classes, 1 << 24}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
+            return error_set(e, "impossible model: %s %zu, expected 1 to %zu", sizes[i].name, sizes[i].value,
+                             sizes[i].most);
+    if (c->embed_dim % c->num_heads)
+        return error_set(e, "impossible model: embed dim %zu is not a multiple of %zu heads", c->embed_dim,
+                         c->num_heads);
+    if (c->patch_size > c->image_height || c->patch_size > c->image_width)
+        return error_set(e, "impossible model: patch size %zu is larger than the image, %zux%zu",
+                         c->patch_size, c->image_height, c->image_width);
+    double hidden = (double)c->embed_dim * c->mlp_ratio;
+    if (!(hidden >= 1 && hidden <= 1 << 20))
+        return error_set(e,
+                         "impossible model: mlp ratio %g of embed dim %zu, expected a hidden size of 1 to %d",
+                         c->mlp_ratio, c->embed_dim, 1 << 20);
+    if (!(c->layer_norm_eps >= 0 && c->layer_norm_eps < 1) || !(c->drop_path >= 0 && c->drop_path < 1) ||
+        !(c->label_smoothing >= 0 && c->label_smoothing <= 1))
+        return error_set(
+            e, "impossible model: layer norm eps %g, drop path %g or label smoothing %g out of range",
+            c->layer_norm_eps, c->drop_path, c->label_smoothing);
+    m->C = c->channels;
+    m->P = c->patch_size;
+    m->N = (c->image_height / m->P) * (c->image_width / m->P);
+    m->T = m->N + 1;
+    m->D = c->embed_dim;
+    m->H = c->num_heads;
+    m->head_dim = m->D / m->H;
+    m->F = (size_t)hidden;
+    m->V = c->num_classes;
+    m->units = c->depth + 2;
+    m->unit = calloc(m->units, sizeof *m->unit);
+    if (!m->unit) return error_set(e, "out of memory for %zu units", m->units);
+    for (size_t i = 0; i < m->units; i++) {
+        vit_unit *u = &m->unit[i];
+        u->index = i;
+        u->type = i == 0 ? &vit__embedding : i <= c->depth ? &vit__block : &vit__head;
+        if (u->type == &vit__block) {
+            snprintf(u->name, sizeof u->name, "block %zu", i - 1);
+            if (c->depth > 1) u->drop_path = c->drop_path * (double)(i - 1) / (double)(c->depth - 1);
+        } else {
+            snprintf(u->name, sizeof u->name, i == 0 ? "embedding" : "head");
+        }
+        u->type->tensors(u, m);
+        for (size_t t = 0; t < u->tensors; t++) m->parameters += u->tensor[t].count;
+    }
+    return 0;
+}
+
+void vit_model_free(vit_model *m) {
+    free(m->unit);
+    *m = (vit_model){0};
+}
+
+/* ------------------------------------------------------------------------------------------------------- activations */
+
+int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *device, const vit_model *m,
+                         size_t B) {
+    *a = (vit_activations){
+        .B = B, .out = calloc(m->units, sizeof(rt_block)), .saved = calloc(m->units, sizeof(rt_block))};
+    if (!a->out || !a->saved) return rt_fail(rank, "rank %d: out of memory", rank->rank);
+    size_t pixels = vit__count(m->C, m->config.image_height, m->config.image_width);
+    a->batch.images = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, pixels, 1), 1);
+    a->batch.labels = rt_alloc(rank, RT_ACTIVATIONS, RT_I32, B, 1);
+    a->batch.sample_keys = rt_alloc(rank, RT_ACTIVATIONS, RT_U64, B, 1);
+    for (size_t u = 0; u < m->units && !rt_failed(rank); u++) {
+        size_t bytes = vit_unit_saved_bytes(m, device, &m->unit[u], B);
+        a->out[u] = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit_unit_output(m, &m->unit[u], B), 1);
+        a->saved[u] = rt_alloc(rank, RT_ACTIVATIONS, RT_U8, bytes, 1);
+    }
+    for (int i = 0; i < 2; i++)
+        a->gradient[i] = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, m->T, m->D), 1);
+    a->losses = rt_alloc(rank, RT_ACTIVATIONS, vit__statistic(m), B, 1);
+    a->workspace = rt_alloc(rank, RT_WORKSPACE, RT_U8, vit_workspace_bytes(m, B), 1);
+    return rt_failed(rank) ? -1 : 0;
+}
+
+void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *m) {
+    for (size_t u = 0; u < m->units; u++) {
+        if (a->out) rt_free(rank, RT_ACTIVATIONS, &a->out[u]);
+        if (a->saved) rt_free(rank, RT_ACTIVATIONS, &a->saved[u]);
+    }
+    rt_block *blocks[] = {&a->batch.images, &a->batch.labels, &a->batch.sample_keys,
+                          &a->gradient[0],  &a->gradient[1],  &a->losses};
+    for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++) rt_free(rank, RT_ACTIVATIONS, blocks[i]);
+    rt_free(rank, RT_WORKSPACE, &a->workspace);
+    free(a->out);
+    free(a->saved);
+    *a = (vit_activations){0};
+}
+
+/* ------------------------------------------------------------------------------------------------------- one replica */
+
+static rt_block vit__replica_unit(const vit_replica *vit, rt_block flat, size_t u) {
+    return rt_slice(flat, vit->offset[u], vit->model.unit[u].count);
+}
+
+int vit_open(vit_replica *vit, const vit_config *config, const vit_device *device, rt_type type, size_t B,
+             error_text *e) {
+    *vit = (vit_replica){.device = device};
+    if (vit_model_init(&vit->model, config, type, e)) return -1;
+    const vit_model *m = &vit->model;
+    vit->offset = calloc(m->units + 1, sizeof *vit->offset);
+    if (!vit->offset || rt_world_init(&vit->world, 1, RT_CHECK)) return error_set(e, "out of memory");
+    rt_rank *rank = &vit->world.ranks[0];
+    if (device->open(rank, e)) return -1;
+    for (size_t u = 0; u < m->units; u++) vit->offset[u + 1] = vit->offset[u] + m->unit[u].count;
+    vit->parameters = rt_alloc(rank, RT_PARAMETERS, type, vit->offset[m->units], 1);
+    vit->gradients = rt_alloc(rank, RT_GRADIENTS, type, vit->offset[m->units], 1);
+    if (rt_failed(rank) || vit_activations_init(&vit->activations, rank, device, m, B))
+        return error_set(e, "%s", vit->world.error.text);
+    vit->context = (vit_context){.rank = rank,
+                                 .stream = RT_COMPUTE,
+                                 .device = device,
+                                 .model = m,
+                                 .batch = &vit->activations.batch,
+                                 .B = B,
+                                 .training = 1,
+                                 .loss_scale = 1,
+                                 .losses = vit->activations.losses,
+                                 .workspace = vit->activations.workspace};
+    if (type != RT_FP32) return 0; /* the tests' double precision brings its own weights */
+    for (size_t u = 0; u < m->units; u++) {
+        float *values = malloc(m->unit[u].count * sizeof *values);
+        if (!values) return error_set(e, "out of memory");
+        vit_unit_initialise(&m->unit[u], 0, values);
+        vit_copy_in(&vit->context, vit__replica_unit(vit, vit->parameters, u), values);
+        free(values);
+    }
+    return 0;
+}
+
+void vit_close(vit_replica *vit) {
+    rt_rank *rank = vit->world.ranks;
+    if (rank && rank->release) {
+        vit_activations_free(&vit->activations, rank, &vit->model);
+        rt_free(rank, RT_PARAMETERS, &vit->parameters);
+        rt_free(rank, RT_GRADIENTS, &vit->gradients);
+        vit->device->close(rank);
+    }
+    if (rank) rt_world_free(&vit->world);
+    free(vit->offset);
+    vit_model_free(&vit->model);
+    *vit = (vit_replica){0};
+}
+
+double vit_forward(vit_replica *vit, const void *images, const int32_t *labels) {
+    const vit_context *c = &vit->context;
+    vit_activations *a = &vit->activations;
+    vit_copy_in(c, a->batch.images, images);
+    vit_copy_in(c, a->batch.labels, labels);
+    for (size_t u = 0; u < vit->model.units; u++)
+        vit_unit_forward(c, &vit->model.unit[u], vit__replica_unit(vit, vit->parameters, u),
+                         u ? a->out[u - 1] : (rt_block){0}, a->out[u], a->saved[u]);
+    double loss = 0;
+    void *losses = malloc(a->B * rt_type_size(a->losses.type));
+    if (!losses || rt_failed(c->rank))
+        loss = NAN;
+    else
+        vit_copy_out(c, losses, a->losses);
+    for (size_t b = 0; b < a->B && !isnan(loss); b++)
+        loss += (a->losses.type == RT_FP64 ? ((double *)losses)[b] : ((float *)losses)[b]) / (double)a->B;
+    free(losses);
+    return loss;
+}
+
+void vit_backward(vit_replica *vit) {
+    vit_activations *a = &vit->activations;
+    for (size_t u = vit->model.units; u-- > 0;)
+        vit_unit_backward(&vit->context, &vit->model.unit[u], vit__replica_unit(vit, vit->parameters, u),
+                          vit__replica_unit(vit, vit->gradients, u), u ? a->out[u - 1] : (rt_block){0},
+                          a->saved[u], a->gradient[(u + 1) % 2], a->gradient[u % 2]);
+}
+
+void vit_logits(vit_replica *vit, void *logits) {
+    vit_copy_out(&vit->context, logits, vit->activations.out[vit->model.units - 1]);
+}
+
+#endif /* VIT_IMPLEMENTATION */
