@@ -83,7 +83,7 @@ typedef struct {
 } train_options;
 
 #define FIELD(name) offsetof(train_options, name)
-#define COUNT "[1, inf)" /* something of which there is at least one */
+#define COUNT       "[1, inf)" /* something of which there is at least one */
 
 // clang-format off
 static const option train_option_list[] = {

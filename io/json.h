@@ -6,8 +6,8 @@
  *     cJSON_Delete(root);
  *
  * cJSON does the parsing. It lets pass, or alters in silence, some texts that are no JSON or that its result
- * cannot hold: bytes that are not UTF-8, control characters, a 0 in a string, 01 and 1. and -.5 for numbers,
- * a key that occurs twice. They are refused here, before or after it.
+ * cannot hold: bytes that are not UTF-8, control characters, escapes with a wrong digit, a 0 in a string, 01
+ * and 1. and -.5 for numbers, a key that occurs twice. They are refused here, before or after it.
  */
 #ifndef IO_JSON_H
 #define IO_JSON_H
@@ -87,6 +87,7 @@ static inline int json_check_text(const char *text, size_t length, json_numbers 
         } else if (*s == '"') {
             in_string = !in_string;
         } else if (in_string && *s == '\\') {
+            if (s[1] == 'u' && strspn(s + 2, "0123456789abcdefABCDEF") < 4) wrong = "a malformed escape";
             if (strncmp(s, "\\u0000", 6) == 0) wrong = "a 0 in a string";
             size = 2;
         } else if (!in_string && (*s == '-' || (*s >= '0' && *s <= '9'))) {
@@ -183,6 +184,16 @@ static inline void json_format(char text[32], double x) {
         snprintf(text, 32, "%.*g", digits, x);
         if (strtod(text, NULL) == x) return;
     }
+}
+
+/* The double with the fewest decimal digits that rounds to this float: 0.1307f becomes 0.1307. */
+static inline double json_float(float x) {
+    char text[32];
+    for (int digits = 6; digits <= 9; digits++) {
+        snprintf(text, sizeof text, "%.*g", digits, (double)x);
+        if (strtof(text, NULL) == x) break;
+    }
+    return strtod(text, NULL);
 }
 
 /* A finite number for a cJSON tree that will be printed; NULL when memory runs out, as all cJSON_Create... */

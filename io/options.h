@@ -45,7 +45,7 @@ typedef struct {
     size_t offset;          /* of the field in the values */
     const char *preset;     /* the default, as it would be typed; NULL: none, or derived later */
     const char *note;       /* on the default, for the help */
-    const char *range;      /* of numbers, as an interval: "[0, 1)", "(0, inf)" */
+    const char *range;      /* of numbers, as an interval: "[0, 1)", "(0, inf)"; never with inf in it */
     const char *choices;    /* "adamw|sgd" */
     const char *later;      /* those of the choices that are not built yet */
     const char *value_name; /* what stands for the value in the help: "DIR" */
@@ -82,7 +82,7 @@ typedef struct {
     unsigned char source[OPTIONS_MAX]; /* OPTION_PRESET, ..., for each option */
 } option_state;
 
-/* ------------------------------------------------------------------------------------- choices and names */
+/* -------------------------------------------------------------------------------------- choices and names */
 
 /* Steps through "a|b|c": the next piece and its length, NULL after the last; *list moves on. */
 static inline const char *option_next_choice(const char **list, size_t *length) {
@@ -111,11 +111,11 @@ typedef struct {
 } option_nearest;
 
 static inline void option_offer(option_nearest *n, const char *prefix, const char *name, size_t length) {
-    size_t
-        row[64]; /* row[j]: distance of the typed name, as far as read, to the first j characters of name */
+    size_t row[64]; /* row[j]: distance of the typed name, as far as read, to name's first j characters */
+    size_t typed_length = n->typed_length < 64 ? n->typed_length : 64; /* no name is longer */
     if (length > 63) length = 63;
     for (size_t j = 0; j <= length; j++) row[j] = j;
-    for (size_t i = 0; i < n->typed_length; i++) {
+    for (size_t i = 0; i < typed_length; i++) {
         size_t diagonal = row[0];
         row[0] = i + 1;
         for (size_t j = 1; j <= length; j++) {
@@ -178,7 +178,7 @@ static inline quoted options_choice(const option_table *table, const void *value
     return quote(piece ? piece : "", length);
 }
 
-/* ------------------------------------------------------------------------------------------------ values */
+/* ------------------------------------------------------------------------------------------------- values */
 
 /* What a value must look like, for messages. */
 static inline void option_expected(const option *o, char text[256]) {
@@ -208,10 +208,10 @@ static inline const char *option_read_size(const char *text, const char *range, 
 }
 
 static inline const char *option_read_number(const char *text, const char *range, double *value) {
-    size_t length = strspn(text, "+-.0123456789eE"); /* no inf, nan, hexadecimal digits, blanks */
+    size_t length = strspn(text, "+-.0123456789eE"); /* no nan, inf (but 1e999), hexadecimal, blanks */
     char *end;
     *value = strtod(text, &end);
-    return length && end == text + length && isfinite(*value) && option_in_range(range, *value) ? end : NULL;
+    return length && end == text + length && option_in_range(range, *value) ? end : NULL;
 }
 
 /* Reads a value from text into its field. `prefix` stands before the option's name in messages. */
@@ -317,7 +317,7 @@ static inline cJSON *options_to_json(const option_table *table, const void *valu
     return NULL;
 }
 
-/* ----------------------------------------------------------------------------------------------- reading */
+/* ------------------------------------------------------------------------------------------------ reading */
 
 /* Fails for a name that no option has. `where` stands before the message, `typed` is what was typed, `name`
  * the part of it that is compared, `dashes` what belongs before a name. */
@@ -489,7 +489,7 @@ static inline int options_parse(const option_table *table, int argc, char **argv
     return 0;
 }
 
-/* -------------------------------------------------------------------------------------------------- help */
+/* --------------------------------------------------------------------------------------------------- help */
 
 /* Prints words from column OPTIONS_INDENT to OPTIONS_WIDTH, on as many lines as they need, behind `column`
  * characters that stand there already. */

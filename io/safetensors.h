@@ -198,10 +198,13 @@ static inline int st_check_layout(safetensors *f, size_t data, error_text *e) {
     return error_set(e, "%s: found a file of %zu bytes, expected %zu by its header", f->path, f->size, data);
 }
 
+static inline int st_too_short(const char *path, size_t size, error_text *e) {
+    return error_set(e, "%s: found a file of %zu bytes, expected at least 8", path, size);
+}
+
 static inline int st_parse_header(safetensors *f, error_text *e) {
     if (!f->path) return error_set(e, "out of memory");
-    if (f->size < 8)
-        return error_set(e, "%s: found a file of %zu bytes, expected at least 8", f->path, f->size);
+    if (f->size < 8) return st_too_short(f->path, f->size, e);
     const char *text = (const char *)f->bytes + 8;
     uint64_t length;
     memcpy(&length, f->bytes, 8);
@@ -246,7 +249,7 @@ static inline int safetensors_open(const char *path, safetensors *f, error_text 
     if (!failed && !S_ISREG(status.st_mode))
         failed = error_set(e, "%s: found no regular file, expected one", path);
     if (!failed && status.st_size < 8) /* an empty file cannot be mapped */
-        failed = safetensors_parse(NULL, (size_t)status.st_size, path, f, e);
+        failed = st_too_short(path, (size_t)status.st_size, e);
     void *bytes = failed ? MAP_FAILED : mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (!failed && bytes == MAP_FAILED)
         failed = error_set(e, "%s: cannot be mapped: %s", path, strerror(errno));
