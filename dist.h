@@ -166,6 +166,7 @@ typedef struct dist {
     size_t buckets, *bucket_of; /* [units] */
     rt_block slot[2];           /* gradients of a later micro-batch, before they are added */
     dist_bucket *owed[2];       /* whose reduced gradients still wait in the slot */
+    rt_event slot_reduced[2];
     rt_block scalars, control, counts;
     rt_event control_ready, control_done, counts_ready, counts_done;
     size_t micro; /* micro-batch of the step, from 0 */
@@ -425,20 +426,24 @@ static dist__meeting *dist__meet(dist_hub *hub, dist_comm *comm, const dist_call
     }
 }
 
-static rt_note dist__note(const dist__part *p) {
-    return (rt_note){p->comm->name, dist_op_name(p->call[0].op), p->call[0].unit, p->sequence,
-                     dist__elements(&p->call[0])};
+static rt_note dist__note(const dist__part *p, size_t call) {
+    const dist_call *c = &p->call[call];
+    return (rt_note){p->comm->name, dist_op_name(c->op), c->unit, p->sequence, dist__elements(c)};
 }
 
-static int dist__agree(const dist__meeting *m, const dist__part *a, const dist__part *b) {
-    if (a->calls != b->calls) return 0;
-    for (size_t i = 0; i < a->calls; i++) {
+/* What two ranks disagree on, and in which call of the launch; NULL: they agree. */
+static const char *dist__difference(const dist__meeting *m, const dist__part *a, const dist__part *b,
+                                    size_t *call) {
+    for (size_t i = 0; i < a->calls && i < b->calls; i++) {
         const dist_call *x = &a->call[i], *y = &b->call[i];
-        if (dist__elements(x) != dist__elements(y) || dist__type(x) != dist__type(y) ||
-            strcmp(x->unit, y->unit) || (!m->pair && (x->op != y->op || x->peer != y->peer)))
-            return 0;
+        *call = i;
+        if (!m->pair && x->op != y->op) return "operation";
+        if (strcmp(x->unit, y->unit)) return "unit";
+        if (dist__elements(x) != dist__elements(y)) return "count";
+        if (dist__type(x) != dist__type(y)) return "type";
+        if (!m->pair && x->peer != y->peer) return "root";
     }
-    return 1;
+    return a->calls == b->calls ? NULL : "number of calls";
 }
 
 /* One call of a complete meeting, for all its ranks: everything is a sum of some blocks into some others. */
@@ -517,30 +522,34 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         done->done = 0;
         s->tail = comm->last = done;
     }
-    rank->last = dist__note(part);
+    rank->last = dist__note(part, 0);
     const dist__part *first = &m->part[m->first];
-    if (!dist__agree(m, first, part)) {
+    size_t at = 0;
+    const char *difference = dist__difference(m, first, part, &at);
+    if (difference) {
         for (int r = 0; r < hub->size;
              r++) /* show what each brought to this meeting, not what it posted since */
-            if (m->part[r].comm) m->part[r].comm->rank->last = dist__note(&m->part[r]);
+            if (m->part[r].comm) m->part[r].comm->rank->last = dist__note(&m->part[r], at);
+        const dist_call *x = &first->call[at], *y = &calls[at];
         rt_fail_with_table(rank,
-                           "ranks %d and %d disagree on launch %llu of communicator %s: %s of %zu (%s) "
-                           "against %s of %zu (%s)",
-                           m->first, comm->index, (unsigned long long)m->sequence, comm->name,
-                           dist_op_name(first->call[0].op), dist__elements(&first->call[0]),
-                           first->call[0].unit, dist_op_name(calls[0].op), dist__elements(&calls[0]),
-                           calls[0].unit);
+                           "ranks %d and %d disagree on the %s of launch %llu of communicator %s: %s of %zu "
+                           "(%s) against %s of %zu (%s)",
+                           m->first, comm->index, difference, (unsigned long long)m->sequence, comm->name,
+                           dist_op_name(x->op), dist__elements(x), x->unit, dist_op_name(y->op),
+                           dist__elements(y), y->unit);
     }
     for (int r = 0; r < hub->size; r++)
         if (hub->world->ranks[r].left) dist__check_left(hub, m, &hub->world->ranks[r]);
     if (++m->arrived == dist__expected(hub, m) &&
         !rt_failed(rank)) { /* the last to arrive executes it for all */
+        rank->world->executing++;
         pthread_mutex_unlock(&rank->world->lock);
         double start = rt_seconds();
         for (size_t i = 0; i < n; i++) dist__execute(hub, m, i, comm);
         double seconds = rt_seconds() - start;
         rank->communication_s += seconds;
         pthread_mutex_lock(&rank->world->lock);
+        rank->world->executing--;
         double begin = hub->last_end;
         for (int r = 0; r < hub->size; r++)
             if (m->part[r].comm && begin < m->part[r].ready) begin = m->part[r].ready;
@@ -572,6 +581,7 @@ int dist_comm_open(dist_comm *comm, dist_hub *hub, rt_rank *rank, const vit_devi
 }
 
 void dist_comm_close(dist_comm *comm) {
+    if (comm->rank) rt_drain(comm->rank);
     free(comm->pair_sequence);
     *comm = (dist_comm){0};
 }
@@ -637,7 +647,7 @@ static size_t dist__slot(const dist *d, size_t bucket) { return (d->micro * d->b
 static void dist__collect(dist *d, size_t slot) {
     dist_bucket *b = d->owed[slot];
     if (!b) return;
-    dist__wait(d->comm, RT_COMPUTE, &b->reduced);
+    dist__wait(d->comm, RT_COMPUTE, &d->slot_reduced[slot]);
     if (d->shard[b->first].hi > 0)
         vit_add(&d->context, dist__units(d, d->grads, b->first, b->last),
                 rt_slice(d->slot[slot], 0, b->count));
@@ -675,9 +685,11 @@ static void dist__reduce_gradient(dist *d, size_t u, dist_op op) {
                 rt_slice(d->slot[0], 0, d->offset[u + 1] - d->offset[u]));
     if (u != b->first || (!every && d->micro + 1 < d->options.accumulation)) return;
     rt_block g = dist__units(d, d->grads, b->first, b->last);
+    rt_event *reduced = &b->reduced;
     if (later && every) {
         g = rt_slice(d->slot[slot], 0, b->count);
         d->owed[slot] = b;
+        reduced = &d->slot_reduced[slot];
     }
     rt_record(d->rank, RT_COMPUTE, &b->ready);
     dist_post(d->comm, &(dist_call){.op = op,
@@ -686,7 +698,7 @@ static void dist__reduce_gradient(dist *d, size_t u, dist_op op) {
                                     .unit = d->model->unit[u].name,
                                     .stream = RT_COMMUNICATION,
                                     .wait = &b->ready,
-                                    .done = &b->reduced});
+                                    .done = reduced});
 }
 
 /* After the last micro-batch: the gradient is complete for the compute stream. */
@@ -708,7 +720,7 @@ static void dist__update(dist *d) {
     const vit_context *c = &d->context;
     rt_block counters = rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS);
     double divisor = (double)d->comm->size * (double)d->options.accumulation * c->loss_scale;
-    rt_event *ready = NULL; /* without squares: the loss was there before the gradients that were posted last */
+    rt_event *ready = NULL; /* stays so without squares: the loss was there before the last gradients went */
     for (size_t u = 0; u < d->model->units; u++)
         if (d->shard[u].squares.count) {
             vit_sum_of_squares(c, counters, d->shard[u].squares);
@@ -859,6 +871,8 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     *d = (dist){.comm = comm, .rank = rank, .device = comm->device, .model = model, .options = *options};
     d->strategy = dist_strategy_named(options->strategy);
     if (!d->strategy) return error_set(e, "no strategy is named %s", options->strategy);
+    if (!(d->device->types & 1u << model->type))
+        return error_set(e, "device %s does not compute in this type", d->device->name);
     if (d->options.reduction == DIST_REDUCE_DEFAULT) d->options.reduction = d->strategy->reduction;
     d->offset = calloc(n + 1, sizeof *d->offset);
     d->shard = calloc(n, sizeof *d->shard);
@@ -889,6 +903,8 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
 }
 
 void dist_close(dist *d) {
+    rt_event end;
+    if (d->rank) rt_record(d->rank, RT_COMMUNICATION, &end); /* slower ranks may need what this one posted */
     for (size_t u = 0; d->shard && u < d->model->units; u++)
         for (int i = 0; i < 2; i++) rt_free(d->rank, RT_OPTIMIZER, &d->shard[u].state[i]);
     rt_category slots = d->options.reduction == DIST_REDUCE_EVERY ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS;

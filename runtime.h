@@ -103,7 +103,8 @@ typedef struct {
  * without data and a failed world when the device has no more. */
 rt_block rt_alloc(struct rt_rank *rank, rt_category category, rt_type type, size_t count, size_t tracks);
 
-/* Gives back what rt_alloc gave (the block itself, not a slice of it). */
+/* Gives back what rt_alloc gave (the block itself, not a slice of it). No collective may be pending on it, unless the
+ * world has failed. */
 void rt_free(struct rt_rank *rank, rt_category category, rt_block *block);
 
 /* --------------------------------------------------------------------------------------------- ranks and worlds */
@@ -145,6 +146,7 @@ typedef struct rt_world {
     int failed_rank;
     error_text error; /* the first failure, one line */
     char *table;      /* a table that explains it, several lines, or NULL */
+    int executing;    /* ranks that execute a collective on the memory of all, under the lock */
     void *transport;  /* told when a rank leaves, with the lock held */
     void (*on_leave)(void *transport, rt_rank *rank);
 } rt_world;
@@ -171,6 +173,10 @@ static inline int rt_failed(const rt_rank *rank) {
 /* Blocks until *done is non-zero, with the lock held. If no rank of the world can run any more, that is a deadlock:
  * the world fails with the table. Returns 0, or -1 when the world has failed. */
 int rt_block_until(rt_rank *rank, const int *done);
+
+/* After a failure: returns when no rank executes a collective, which might use memory and events of this rank. None
+ * begins any more. */
+void rt_drain(rt_rank *rank);
 
 /* Seconds of a monotonic clock. */
 double rt_seconds(void);
@@ -289,6 +295,14 @@ int rt_block_until(rt_rank *rank, const int *done) {
     rank->waiting_for = NULL;
     rank->communication_s += rt_seconds() - start;
     return atomic_load(&w->failed) ? -1 : 0;
+}
+
+void rt_drain(rt_rank *rank) {
+    rt_world *w = rank->world;
+    if (!rt_failed(rank)) return;
+    pthread_mutex_lock(&w->lock);
+    while (w->executing) pthread_cond_wait(&w->changed, &w->lock);
+    pthread_mutex_unlock(&w->lock);
 }
 
 /* ------------------------------------------------------------------------------------------- streams and events */
@@ -416,6 +430,7 @@ rt_block rt_alloc(rt_rank *rank, rt_category category, rt_type type, size_t coun
 
 void rt_free(rt_rank *rank, rt_category category, rt_block *block) {
     if (!block->data) return;
+    rt_drain(rank);
     size_t bytes = block->count * rt_type_size(block->type);
     rank->release(rank, block->data, bytes);
     free(block->track);

@@ -53,7 +53,7 @@ typedef struct vit_config {
     double label_smoothing; /* of the loss */
 } vit_config;
 
-/* The configuration of a timm model (3 channels, 1000 classes, eps 1e-6). -1: no such name; the message suggests. */
+/* The configuration of a timm model (3 channels, 1000 classes, eps 1e-6). -1: no such name. */
 int vit_config_named(vit_config *config, const char *name, error_text *e);
 
 /* Names of the built-in configurations, in order of size; NULL after the last. */
@@ -89,6 +89,7 @@ typedef struct vit_sgd_options {
  * An absent optional block has no data. The table is the whole of what a device must offer. */
 typedef struct vit_device {
     const char *name; /* "cpu" */
+    unsigned types;   /* bit 1 << t: it computes models of rt_type t */
 
     /* Prepares rank->device, rank->allocate and rank->release for a rank; close undoes it. */
     int (*open)(rt_rank *rank, error_text *e);
@@ -183,7 +184,7 @@ static inline double vit_drop_path_factor(uint64_t sample_key, uint64_t salt, do
 
 extern const vit_device vit_cpu; /* vit_cpu.c */
 
-/* How a CPU rank multiplies matrices: set in rt_rank.threads and here, before vit_device.open. */
+/* How a CPU rank multiplies matrices; with how many threads, rt_rank.threads says. */
 typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul;
 int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e); /* after open; -1: not built with it */
 const char *vit_cpu_description(const rt_rank *rank);                /* "own product, AVX-512 14x32" */
@@ -299,12 +300,14 @@ typedef struct vit_replica {
     vit_context context;
 } vit_replica;
 
-/* Allocates, and initialises the weights with seed 0. -1 with a message. */
+/* Allocates, and initialises the weights with seed 0 (fp32; in double they begin as 0). -1 with a message, and nothing
+ * to close. It computes on one thread until vit->world.ranks[0].threads says more. */
 int vit_open(vit_replica *vit, const vit_config *config, const vit_device *device, rt_type type, size_t B,
              error_text *e);
 void vit_close(vit_replica *vit);
 
-/* images [B, C, height, width] in the model's type, labels int32 [B]; the mean loss (NaN if the world has failed). */
+/* images [B, C, height, width] in the model's type, labels int32 [B]; the mean loss (NaN if the world has failed). With
+ * drop-path, copy the samples' keys into activations.batch.sample_keys before each call (vit_copy_in). */
 double vit_forward(vit_replica *vit, const void *images, const int32_t *labels);
 /* Gradients of that loss with respect to all parameters, into vit->gradients. */
 void vit_backward(vit_replica *vit);
@@ -388,7 +391,7 @@ int vit_config_named(vit_config *config, const char *name, error_text *e) {
         snprintf(config->name, sizeof config->name, "%s", name);
         return 0;
     }
-    return error_set(e, "no model is named %s (`help model` lists them)", name);
+    return error_set(e, "no model is named %s", name);
 }
 
 /* ----------------------------------------------------------------------------------------------- tensors and units */
@@ -490,8 +493,8 @@ typedef struct {
 
 static rt_block vit__take(vit__carver *c, rt_type type, size_t count) {
     size_t bytes, end;
-    if (size_multiply(count, rt_type_size(type), &bytes) || c->used > SIZE_MAX - bytes - 64) {
-        c->used = SIZE_MAX / 2; /* out of memory, whatever follows */
+    if (size_multiply(count, rt_type_size(type), &bytes) || bytes > SIZE_MAX / 4 || c->used > SIZE_MAX / 4) {
+        c->used = SIZE_MAX; /* out of memory, whatever follows */
         return (rt_block){0};
     }
     end = c->used + (bytes + 63) / 64 * 64;
@@ -627,7 +630,7 @@ static void vit__residual_forward(const vit_context *c, rt_block out, rt_block x
 static rt_block vit__residual_backward(const vit_context *c, rt_block dbranch, rt_block dout, double rate,
                                        uint64_t salt) {
     rt_block keys = c->batch->sample_keys;
-    if (rate == 0) return dout;
+    if (rate == 0 || !c->training) return dout;
     VIT__RUN(c, residual_backward, RT_BLOCKS(dout, keys), RT_BLOCKS(dbranch), (double)dout.count,
              2 * vit__bytes(dout), dbranch, dout, keys, c->B, dout.count / c->B, rate, salt);
     return dbranch;
@@ -965,6 +968,7 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
     *a = (vit_activations){
         .B = B, .out = calloc(m->units, sizeof(rt_block)), .saved = calloc(m->units, sizeof(rt_block))};
     if (!a->out || !a->saved) return rt_fail(rank, "rank %d: out of memory", rank->rank);
+    if (B < 1) return rt_fail(rank, "rank %d: impossible batch of 0 images", rank->rank);
     size_t pixels = vit__count(m->C, m->config.image_height, m->config.image_width);
     a->batch.images = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, pixels, 1), 1);
     a->batch.labels = rt_alloc(rank, RT_ACTIVATIONS, RT_I32, B, 1);
@@ -1001,9 +1005,11 @@ static rt_block vit__replica_unit(const vit_replica *vit, rt_block flat, size_t 
     return rt_slice(flat, vit->offset[u], vit->model.unit[u].count);
 }
 
-int vit_open(vit_replica *vit, const vit_config *config, const vit_device *device, rt_type type, size_t B,
-             error_text *e) {
+static int vit__open(vit_replica *vit, const vit_config *config, const vit_device *device, rt_type type,
+                     size_t B, error_text *e) {
     *vit = (vit_replica){.device = device};
+    if (!(device->types & 1u << type))
+        return error_set(e, "device %s does not compute in this type", device->name);
     if (vit_model_init(&vit->model, config, type, e)) return -1;
     const vit_model *m = &vit->model;
     vit->offset = calloc(m->units + 1, sizeof *vit->offset);
@@ -1048,6 +1054,13 @@ void vit_close(vit_replica *vit) {
     free(vit->offset);
     vit_model_free(&vit->model);
     *vit = (vit_replica){0};
+}
+
+int vit_open(vit_replica *vit, const vit_config *config, const vit_device *device, rt_type type, size_t B,
+             error_text *e) {
+    int failed = vit__open(vit, config, device, type, B, e);
+    if (failed) vit_close(vit);
+    return failed;
 }
 
 double vit_forward(vit_replica *vit, const void *images, const int32_t *labels) {

@@ -887,7 +887,7 @@ static inline void count_granule(int64_t *counters, const float *x) {
     uint64_t bits;
     memcpy(&bits, sum, sizeof bits);
     if (bits == 0) return;
-    const int exponent = (int)(bits >> 52) - 1023;
+    const int exponent = (int)(bits >> 52 & 0x7FF) - 1023; /* without the sign, which a NaN may have */
     if (exponent == 1024) {
         counters[VIT_NORM_NOT_FINITE]++;
         return;
@@ -1024,6 +1024,7 @@ static void cpu_close(rt_rank *rank) {
 }
 
 const vit_device vit_cpu = {.name = "cpu",
+                            .types = 1u << RT_FP32,
                             .open = cpu_open,
                             .close = cpu_close,
                             .copy_in = copy_in,

@@ -469,6 +469,7 @@ static void NAIVE_OP(sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to,
 
 static const vit_device NAIVE = {
     .name = "naive",
+    .types = 1u << (sizeof(REAL) == 8 ? RT_FP64 : RT_FP32),
     .open = naive_open,
     .close = naive_close,
     .copy_in = NAIVE_OP(copy_in),
