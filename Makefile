@@ -1,6 +1,7 @@
-# make            builds ./train and prints what was found on this machine
-# make demo       installs what is missing, builds, trains a small ViT on two local ranks
-# make test       installs what the tests need, builds and runs every test that needs no GPU
+# make         builds ./train and prints what was found on this machine
+# make demo    installs what is missing, builds, and trains a small ViT on two local ranks
+# make test    installs what the tests need, builds, and runs every test that needs no GPU
+# make bench   times operations, and two ranks against one process; prints fractions and ratios
 
 CC       := gcc
 CFLAGS   := -O3 -g -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math
@@ -9,81 +10,97 @@ PREFIX   := /usr/local
 override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
-TESTS   := options safetensors data metrics checkpoint runtime ops model dist waits
+PARSERS := file json options safetensors data metrics
+TESTS   := $(PARSERS) checkpoint runtime ops model dist waits
+SCRIPTS := example mismatch train errors
 FUZZERS := options safetensors idx cifar
 
-.PHONY: all demo test test-sanitize fuzz bench format install clean deps-build deps-test
-.DEFAULT_GOAL := all
+.DEFAULT_GOAL := train
 .SECONDARY:
+.PHONY: demo test test-built test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format install clean
 
-# What this machine has; made again when the compiler changes.
+# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS. Goals that build nothing themselves do not ask.
+NO_PROBE := demo test fuzz test-sanitize bench-pytorch bench-gpu validate docs format clean
+ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
+include build/config.mk
+endif
 build/config.mk: scripts/probe.sh | build/
 	@scripts/probe.sh "$(CC)" "-std=gnu11" $@
-ifeq ($(filter clean format deps-build deps-test,$(MAKECMDGOALS)),)
--include build/config.mk
-endif
-LIBS := $(BLAS_LIBS) -lcjson -lz -lm -lpthread
 
 %/:
 	@mkdir -p $@
 
-all: train
+# ------------------------------------------------------------------------------------------------------- the program
+# Four flavours of everything: plain; asan (with UBSan); tsan, without OpenMP, whose library is not instrumented.
 
-train: train.c vit_cpu.c $(HEADERS) build/config.mk Makefile
-	$(CC) $(CFLAGS) $(OPENMP) $(BLAS_CFLAGS) train.c vit_cpu.c -o $@ $(LIBS)
+LIBS         := -lcjson -lz -lm -lpthread
+plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS)
+plain_LIBS    = $(BLAS_LIBS) $(LIBS)
+asan_CFLAGS  := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+tsan_CFLAGS  := -O1 -fsanitize=thread
+asan_LIBS    := $(LIBS)
+tsan_LIBS    := $(LIBS)
+flavour       = $(notdir $(patsubst %/,%,$(dir $@)))
 
-deps-build:
+build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
+	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
+
+build/plain/train build/asan/train build/tsan/train: build/%/train: train.c build/%/vit_cpu.o $(HEADERS)
+	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o -o $@ $($*_LIBS)
+
+train: build/plain/train
+	@cp $< $@
+
+demo:
 	@scripts/install.sh build
-deps-test:
-	@scripts/install.sh test
-
-demo: deps-build
 	@$(MAKE) --no-print-directory train
 	@rm -rf runs/demo
 	./train --nproc-per-node 2 --output-dir runs/demo
 
-# ---------------------------------------------------------------------------------------------------------- tests
-# Three builds of every test: plain; ASan + UBSan; and, for what runs ranks, TSan without OpenMP (libgomp is not
-# instrumented and would be reported).
+# ------------------------------------------------------------------------------------------------------------- tests
 
-build/plain/test_%: tests/test_%.c vit_cpu.c $(HEADERS) $(wildcard tests/*.h) build/config.mk Makefile | build/plain/
-	$(CC) $(CFLAGS) $(OPENMP) $(BLAS_CFLAGS) $(if $(filter waits,$*),-DDIST_TEST_SKIP_WAIT) $< vit_cpu.c -o $@ -lcmocka $(LIBS)
+test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST_TEST_SKIP_WAIT)
+define test_rule
+$(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) build/config.mk | build/$(1)/
+	$$(CC) $$(test_flags) $$< -o $$@ -lcmocka $$($(1)_LIBS)
+build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard tests/*.h)
+	$$(CC) $$(test_flags) $$< build/$(1)/vit_cpu.o -o $$@ -lcmocka $$($(1)_LIBS)
+endef
+$(foreach f,plain asan tsan,$(eval $(call test_rule,$(f))))
 
-build/asan/test_%: tests/test_%.c vit_cpu.c $(HEADERS) $(wildcard tests/*.h) build/config.mk Makefile | build/asan/
-	$(CC) $(CFLAGS) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all $(if $(filter waits,$*),-DDIST_TEST_SKIP_WAIT) \
-	    $< vit_cpu.c -o $@ -lcmocka -lcjson -lz -lm -lpthread
+build/plain/bench_cpu build/plain/mismatch: build/plain/%: tests/%.c build/plain/vit_cpu.o $(HEADERS)
+	$(CC) $(CFLAGS) $(plain_CFLAGS) $< build/plain/vit_cpu.o -o $@ $(plain_LIBS)
 
-build/tsan/test_%: tests/test_%.c vit_cpu.c $(HEADERS) $(wildcard tests/*.h) build/config.mk Makefile | build/tsan/
-	$(CC) $(CFLAGS) -O1 -fsanitize=thread $< vit_cpu.c -o $@ -lcmocka -lcjson -lz -lm -lpthread
+PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%) build/tsan/test_runtime build/tsan/test_dist
 
-build/plain/%: tests/%.c vit_cpu.c $(HEADERS) build/config.mk Makefile | build/plain/
-	$(CC) $(CFLAGS) $(OPENMP) $(BLAS_CFLAGS) $< vit_cpu.c -o $@ $(LIBS)
-
-build/asan/train build/tsan/train: build/%/train: train.c vit_cpu.c $(HEADERS) build/config.mk Makefile | build/asan/ build/tsan/
-	$(CC) $(CFLAGS) -O1 -fsanitize=$(if $(filter asan,$*),address$(,)undefined -fno-sanitize-recover=all,thread) \
-	    train.c vit_cpu.c -o $@ -lcjson -lz -lm -lpthread
-, := ,
-
-PLAIN := $(TESTS:%=build/plain/test_%)
-ASAN  := $(TESTS:%=build/asan/test_%)
-TSAN  := build/tsan/test_runtime build/tsan/test_dist
-SHELL_TESTS := tests/test_example.sh tests/test_mismatch.sh tests/test_train.sh tests/test_errors.sh
-
-test: deps-test
+test:
+	@scripts/install.sh test
 	@$(MAKE) --no-print-directory test-built
-test-built: train $(PLAIN) $(ASAN) $(TSAN) build/plain/example build/plain/mismatch build/asan/train build/tsan/train
-	@tests/run.sh $(PLAIN) $(ASAN) $(TSAN) $(SHELL_TESTS)
-.PHONY: test-built
+test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS)
+	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
-bench: build/plain/bench_cpu train
+# The long ones: every test of ranks and of waits under ThreadSanitizer too, and the errors under both.
+test-sanitize:
+	@scripts/install.sh test
+	@$(MAKE) --no-print-directory $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%) build/asan/train build/tsan/train
+	@tests/run.sh $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%)
+
+build/fuzz/%: tests/fuzz_%.c $(HEADERS) | build/fuzz/
+	clang -g -O1 -std=gnu11 $(WARNINGS) -I. -fsanitize=fuzzer,address,undefined $< -o $@ -lcjson -lz -lm
+FUZZ_SECONDS := 600
+fuzz:
+	@scripts/install.sh test
+	@$(MAKE) --no-print-directory $(FUZZERS:%=build/fuzz/%)
+	@tests/fuzz.sh $(FUZZ_SECONDS) $(FUZZERS)
+
+bench: train build/plain/bench_cpu
 	build/plain/bench_cpu
 	tests/bench_ranks.sh
 
-build/fuzz/%: tests/fuzz_%.c $(HEADERS) | build/fuzz/
-	clang $(CFLAGS) -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lcjson -lz -lm
-FUZZ_SECONDS := 600
-fuzz: deps-test $(FUZZERS:%=build/fuzz/%)
-	@tests/fuzz.sh $(FUZZ_SECONDS) $(FUZZERS)
+bench-pytorch bench-gpu validate docs:
+	@echo "make $@ is not built yet" >&2; exit 1
+
+# ------------------------------------------------------------------------------------------------------------ the rest
 
 format:
 	clang-format -i *.c *.h io/*.h data/*.h tests/*.c tests/*.h

@@ -63,14 +63,18 @@ static inline int checkpoint__follow(char path[CHECKPOINT_PATH], const char *out
     return checkpoint__join(path, output, name, e);
 }
 
-static inline int checkpoint__triple(const cJSON *array, float out[3]) {
-    int n = cJSON_GetArraySize(array);
-    for (int i = 0; i < 3 && (n == 1 || n == 3); i++) {
+/* One number for each channel, or one for all, above `low`. */
+static inline int checkpoint__triple(const model_source *s, const cJSON *array, const char *name, double low,
+                                     float out[3], error_text *e) {
+    int n = cJSON_GetArraySize(array), fine = cJSON_IsArray(array) && (n == 1 || n == 3);
+    for (int i = 0; i < 3 && fine; i++) {
         const cJSON *item = cJSON_GetArrayItem(array, n == 1 ? 0 : i);
-        if (!cJSON_IsNumber(item)) return 0;
-        out[i] = (float)item->valuedouble;
+        out[i] = cJSON_IsNumber(item) ? (float)item->valuedouble : NAN;
+        fine = isfinite(out[i]) && (double)out[i] > low;
     }
-    return n == 1 || n == 3;
+    if (fine) return 0;
+    return error_set(e, "%s: %s: found %s, expected one number or three above %g", s->config_path, name,
+                     cJSON_IsArray(array) ? "another array" : json_kind(array), low);
 }
 
 /* Opens the model that a path stands for: a safetensors file, a folder with one, or an output directory (its best
@@ -109,8 +113,14 @@ static inline int model_source_open(model_source *s, const char *path, error_tex
     }
     const cJSON *cfg = cJSON_GetObjectItemCaseSensitive(s->config, "pretrained_cfg");
     if (!cfg) cfg = s->config; /* timm's older files have everything on top */
-    s->has_normalisation = checkpoint__triple(cJSON_GetObjectItemCaseSensitive(cfg, "mean"), s->mean) &&
-                           checkpoint__triple(cJSON_GetObjectItemCaseSensitive(cfg, "std"), s->std);
+    const cJSON *mean = cJSON_GetObjectItemCaseSensitive(cfg, "mean"),
+                *std = cJSON_GetObjectItemCaseSensitive(cfg, "std");
+    s->has_normalisation = mean && std;
+    if (s->has_normalisation && (checkpoint__triple(s, mean, "mean", -INFINITY, s->mean, e) ||
+                                 checkpoint__triple(s, std, "std", 0, s->std, e))) {
+        model_source_close(s);
+        return -1;
+    }
     s->label_names = cJSON_GetObjectItemCaseSensitive(cfg, "label_names");
     if (!cJSON_IsArray(s->label_names)) s->label_names = NULL;
     return 0;
@@ -132,6 +142,8 @@ static inline int checkpoint__size(const model_source *s, const cJSON *item, con
 static inline int checkpoint__model_args(const model_source *s, const cJSON *args, vit_config *c,
                                          error_text *e) {
     const cJSON *a;
+    if (args && !cJSON_IsObject(args))
+        return error_set(e, "%s: model_args: found %s, expected an object", s->config_path, json_kind(args));
     cJSON_ArrayForEach(a, args) {
         const struct {
             const char *name;
@@ -187,6 +199,8 @@ static inline int checkpoint__shapes(const model_source *s, vit_config *c, error
     c->patch_size = patch->shape[2];
     c->num_classes = head->shape[0];
     c->mlp_ratio = (double)fc1->shape[0] / (double)fc1->shape[1];
+    if ((double)c->embed_dim * c->mlp_ratio < (double)fc1->shape[0]) /* rounded to less than F */
+        c->mlp_ratio = nextafter(c->mlp_ratio, INFINITY);
     for (c->depth = 0; c->depth < 4096; c->depth++) {
         snprintf(name, sizeof name, "blocks.%zu.norm1.weight", c->depth);
         if (!safetensors_find(&s->file, name)) break;
@@ -214,7 +228,10 @@ static inline int model_source_config(const model_source *s, vit_config *config,
     if (cJSON_IsString(pool) && strcmp(pool->valuestring, "token"))
         return error_set(e, "%s: global_pool: found %s, expected token", s->config_path,
                          quote(pool->valuestring, SIZE_MAX).text);
-    if (cJSON_IsNumber(eps)) config->layer_norm_eps = eps->valuedouble;
+    if (eps && !cJSON_IsNumber(eps))
+        return error_set(e, "%s: layer_norm_eps: found %s, expected a number", s->config_path,
+                         json_kind(eps));
+    if (eps) config->layer_norm_eps = eps->valuedouble;
     if (checkpoint__size(s, cJSON_GetObjectItemCaseSensitive(s->config, "num_classes"), "num_classes",
                          &config->num_classes, e))
         return -1;
@@ -299,8 +316,8 @@ static inline char *checkpoint__config_text(const vit_config *c, const model_car
     cJSON *root = cJSON_CreateObject(), *args = cJSON_CreateObject(), *cfg = cJSON_CreateObject();
     cJSON *mean = cJSON_CreateArray(), *std = cJSON_CreateArray(), *names = cJSON_CreateArray();
     for (size_t i = 0; i < c->channels && i < 3; i++) {
-        cJSON_AddItemToArray(mean, json_number((double)card->mean[i]));
-        cJSON_AddItemToArray(std, json_number((double)card->std[i]));
+        cJSON_AddItemToArray(mean, json_number(json_float(card->mean[i])));
+        cJSON_AddItemToArray(std, json_number(json_float(card->std[i])));
     }
     for (size_t i = 0; i < card->labels; i++)
         cJSON_AddItemToArray(names, cJSON_CreateString(card->label_names[i]));
@@ -373,21 +390,22 @@ static inline int checkpoint__write_shards(dist *d, const st_tensor *list, int f
     return 0;
 }
 
-/* Did any rank fail? Every rank learns it; the one that failed keeps its message. */
-static inline int checkpoint__agree(dist *d, int failed, error_text *e) {
+/* Did any rank fail? Every rank learns it; only the one that failed has a message. */
+static inline int checkpoint__agree(dist *d, int failed) {
     int64_t failures = failed != 0;
     dist_sum(d, &failures, 1);
-    if (failed || rt_failed(d->rank)) return -1;
-    return failures ? error_set(e, "another rank could not write its part of the checkpoint") : 0;
+    return failures || rt_failed(d->rank) ? -1 : 0;
 }
 
 /* Writes `folder` (a path without a slash at its end) with model.safetensors and config.json; every rank must call it.
- * The folder appears by one rename, when all of it is on disk; on failure nothing is left of it. */
+ * The folder appears by one rename, when all of it is on disk; on failure nothing is left of it, and the ranks that
+ * did not cause it find e->text empty. */
 static inline int checkpoint_save(dist *d, const char *folder, const model_card *card, error_text *e) {
-    char aside[CHECKPOINT_PATH], path[CHECKPOINT_PATH], config[CHECKPOINT_PATH], *text = NULL;
+    char aside[CHECKPOINT_PATH], path[CHECKPOINT_PATH] = "", config[CHECKPOINT_PATH] = "", *text = NULL;
     size_t count;
     int fd = -1, failed = 0, first = d->comm->index == 0;
     st_plan plan = {0};
+    e->text[0] = 0;
     st_tensor *list = checkpoint__tensors(d->model, &count);
     if (!list) failed = error_set(e, "out of memory for the names of %zu tensors", count);
     if (snprintf(aside, sizeof aside, "%s.tmp", folder) >= CHECKPOINT_PATH)
@@ -402,7 +420,7 @@ static inline int checkpoint_save(dist *d, const char *folder, const model_card 
         if (!failed) failed = file_write_atomic(config, text, strlen(text), e);
         free(text);
     }
-    failed = checkpoint__agree(d, failed, e); /* the file is there, or nobody writes */
+    failed = checkpoint__agree(d, failed); /* the file is there, or nobody writes */
     if (!failed && d->saves) {
         if (fd < 0 && (fd = open(path, O_WRONLY)) < 0)
             failed = error_set(e, "%s: cannot be written: %s", path, strerror(errno));
@@ -413,20 +431,20 @@ static inline int checkpoint_save(dist *d, const char *folder, const model_card 
         fd = -1;
     }
     if (fd >= 0) close(fd);
-    failed = checkpoint__agree(d, failed, e);
+    failed = checkpoint__agree(d, failed);
     if (first && !failed) {
         failed = directory_sync(aside, e);
         if (!failed && rename(aside, folder))
             failed = error_set(e, "%s: cannot be renamed to %s: %s", aside, folder, strerror(errno));
     }
-    if (first && failed) {
+    if (first && failed && *config) {
         unlink(path);
         unlink(config);
         rmdir(aside);
     }
     safetensors_plan_free(&plan);
     free(list);
-    return checkpoint__agree(d, failed, e);
+    return checkpoint__agree(d, failed);
 }
 
 /* Deletes the oldest step folders under `checkpoints` until `keep` are left, never those that `best` and `latest` name. */

@@ -70,6 +70,8 @@ static int prepare_config(run *r, dataset_kind kind, error_text *e) {
         if (model_source_open(&r->source, path, e)) return -1;
         r->loaded = 1;
         if (model_source_config(&r->source, c, e)) return -1;
+        if (*o->model && strcmp(o->model, c->name))
+            return error_set(e, "%s: found a %s, expected a %s (--model)", path, c->name, o->model);
     }
     if (given(r, &o->layer_norm_eps)) c->layer_norm_eps = o->layer_norm_eps;
     if (given(r, &o->image_size))
@@ -114,11 +116,9 @@ static int prepare_data(run *r, dataset_kind kind, error_text *e) {
         (prepare_dataset(r, &r->train, kind, 1, e) || dataset_same_shape(&r->train, &r->val, e)))
         return -1;
     const dataset *d = &r->val;
-    if (small) {
-        c->channels = d->channels;
-        if (!given(r, &o->image_size)) c->image_height = d->height, c->image_width = d->width;
-    }
-    if (!given(r, &o->num_classes) && !r->loaded) c->num_classes = d->classes;
+    if (small && !given(r, &o->image_size)) c->image_height = d->height, c->image_width = d->width;
+    if (!r->loaded) c->channels = d->channels;
+    if (!r->loaded && !given(r, &o->num_classes)) c->num_classes = d->classes;
     if (d->classes > c->num_classes)
         return error_set(e, "%s has %zu classes, more than the model's %zu (--num-classes)",
                          dataset_kind_names[kind], d->classes, c->num_classes);
@@ -172,7 +172,7 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     o->layer_norm_eps = c->layer_norm_eps;
     o->mean.count = o->std.count = c->channels == 1 ? 1 : 3;
     for (int i = 0; i < 3; i++)
-        o->mean.values[i] = (double)r->val.mean[i], o->std.values[i] = (double)r->val.std[i];
+        o->mean.values[i] = json_float(r->val.mean[i]), o->std.values[i] = json_float(r->val.std[i]);
     if (o->strategy == CHOICE_STRATEGY_SINGLE && n > 1)
         return error_set(e, "strategy single runs on one rank, found --nproc-per-node %zu; choose dp or ddp",
                          n);
@@ -222,7 +222,8 @@ typedef struct trainer {
     double data_s;   /* seconds spent on preparing batches */
     /* rank 0 */
     metrics_file metrics;
-    double started, best_accuracy, last_accuracy;
+    double started, last_accuracy, best_accuracy;
+    double best_saved;         /* the accuracy of `best` */
     char best[32], latest[32]; /* folders */
     size_t evaluated;          /* the step of the last evaluation */
 } trainer;
@@ -256,15 +257,15 @@ typedef struct evaluation {
 
 /* Every image of the validation set exactly once: rank r takes r, r + N, ...; the last batches are filled up with blanks
  * that do not count. All that is summed over ranks is an integer. */
-static int evaluate(trainer *t, evaluation *result) {
+static int evaluate(trainer *t, size_t step, evaluation *result) {
     const run *r = t->r;
     const vit_config *c = &r->config;
     size_t pixels = c->channels * c->image_height * c->image_width, B = r->o.batch_size, V = r->model.V,
            N = r->ranks;
-    size_t batches = (r->val.count + N * B - 1) / (N * B), length = 5 + 3 * V;
-    int64_t *counts = calloc(length, sizeof *counts), loss = 0, bad = 0;
+    size_t batches = (r->val.count + N * B - 1) / (N * B), length = 4 + 3 * V;
+    int64_t *counts = calloc(length, sizeof *counts), loss = 0;
     if (!counts) return rt_fail(t->rank, "rank %d: out of memory for %zu counts", t->rank->rank, length);
-    score_counts s = {.hit = counts + 5, .predicted = counts + 5 + V, .actual = counts + 5 + 2 * V};
+    score_counts s = {.hit = counts + 4, .predicted = counts + 4 + V, .actual = counts + 4 + 2 * V};
     for (size_t k = 0; k < batches && !rt_failed(t->rank); k++) {
         for (size_t b = 0; b < B; b++) {
             size_t index = (k * B + b) * N + (size_t)t->rank->rank;
@@ -276,24 +277,30 @@ static int evaluate(trainer *t, evaluation *result) {
                 memset(image, 0, pixels * sizeof *image);
             t->labels[b] = real ? r->val.labels[index] : 0;
         }
-        dist_forward(&t->d, t->images, t->labels, t->logits, t->losses, NULL);
-        for (size_t b = 0; b < B && (k * B + b) * N + (size_t)t->rank->rank < r->val.count; b++) {
-            if (isfinite(t->losses[b]) && t->losses[b] < 1e6f)
-                loss += llround((double)t->losses[b] / VIT_LOSS_UNIT);
-            else
-                bad++;
+        size_t unit; /* the first whose output is not finite */
+        dist_forward(&t->d, t->images, t->labels, t->logits, t->losses, &unit);
+        for (size_t b = 0; b < B && !rt_failed(t->rank); b++) {
+            size_t index = (k * B + b) * N + (size_t)t->rank->rank;
+            if (index >= r->val.count) break;
+            if (!(t->losses[b] < 1e6f)) { /* a larger one could not be summed */
+                rt_fail(t->rank,
+                        "evaluation after step %zu: the loss of image %zu is %g: on rank %d the first unit "
+                        "with a NaN or an infinity: %s",
+                        step, index, (double)t->losses[b], t->rank->rank,
+                        unit < r->model.units ? r->model.unit[unit].name : "none");
+                break;
+            }
+            loss += llround((double)t->losses[b] / VIT_LOSS_UNIT);
             score_count(&s, t->logits + b * V, V, (size_t)t->labels[b]);
         }
     }
-    int64_t *totals[] = {&s.images, &s.correct, &s.correct_top5, &loss, &bad};
-    for (int i = 0; i < 5; i++) counts[i] = *totals[i];
+    int64_t *totals[] = {&s.images, &s.correct, &s.correct_top5, &loss};
+    for (int i = 0; i < 4; i++) counts[i] = *totals[i];
     dist_sum(&t->d, counts, length);
-    for (int i = 0; i < 5; i++) *totals[i] = counts[i];
+    for (int i = 0; i < 4; i++) *totals[i] = counts[i];
     *result = (evaluation){(size_t)s.images, (double)loss * VIT_LOSS_UNIT / (double)(s.images ? s.images : 1),
                            score_result(&s, V)};
     free(counts);
-    if (bad && !rt_failed(t->rank))
-        return rt_fail(t->rank, "evaluation: found %lld images whose loss is not finite", (long long)bad);
     return rt_failed(t->rank) ? -1 : 0;
 }
 
@@ -352,9 +359,10 @@ static void show_progress(const trainer *t, size_t epoch, size_t step, double lo
 
 static int evaluate_and_log(trainer *t, size_t step, size_t epoch) {
     evaluation v = {0};
-    if (evaluate(t, &v)) return -1;
+    if (evaluate(t, step, &v)) return -1;
     t->evaluated = step;
     t->last_accuracy = v.scores.accuracy;
+    if (t->last_accuracy > t->best_accuracy) t->best_accuracy = t->last_accuracy;
     return is_first(t) ? log_line(t, evaluation_line(&v, step, epoch)) : 0;
 }
 
@@ -366,13 +374,13 @@ static int write_checkpoint(trainer *t, size_t step) {
     snprintf(name, sizeof name, "step-%08zu", step);
     if (snprintf(folder, sizeof folder, "%s/checkpoints/%s", o->output_dir, name) >= CHECKPOINT_PATH)
         return rt_fail(t->rank, "%.200s...: found too long a path", o->output_dir);
-    if (checkpoint_save(&t->d, folder, &t->r->card, &e))
-        return rt_failed(t->rank) ? -1 : rt_fail(t->rank, "%s", e.text);
+    if (checkpoint_save(&t->d, folder, &t->r->card, &e)) /* without a message another rank has one */
+        return rt_failed(t->rank) || !*e.text ? -1 : rt_fail(t->rank, "%s", e.text);
     if (!is_first(t)) return 0;
-    int best = t->evaluated == step && t->last_accuracy > t->best_accuracy;
+    int best = t->evaluated == step && t->last_accuracy > t->best_saved;
     snprintf(t->latest, sizeof t->latest, "%s", name);
     if (best) {
-        t->best_accuracy = t->last_accuracy;
+        t->best_saved = t->last_accuracy;
         snprintf(t->best, sizeof t->best, "%s", name);
     }
     for (int i = 0; i <= best; i++) {
@@ -413,7 +421,8 @@ static int explain_not_finite(trainer *t, size_t epoch, size_t step_of_epoch, si
                 step, what, first, t->r->model.unit[found[first] - 1].name);
     else if (first == N && is_first(t))
         rt_fail(t->rank,
-                "step %zu: %s is not finite, though the output of every unit is (forward pass of all ranks)",
+                "step %zu: %s is not finite or too large to be summed, though the output of every unit is "
+                "finite (forward pass of all ranks)",
                 step, what);
     free(found);
     return -1;
@@ -439,6 +448,7 @@ static int train_epoch(trainer *t, size_t epoch, size_t *step) {
     size_t steps = 0, last = *step + r->steps_per_epoch < r->steps ? *step + r->steps_per_epoch : r->steps;
     double start = rt_seconds(), data = t->data_s, communication = t->rank->communication_s, loss = 0,
            checkpoints = 0;
+    int due = 0; /* a checkpoint, after this step */
     sampler_order(o->seed, epoch, r->train.count, o->shuffle, t->order);
     for (; *step < last; steps++) {
         double began = rt_seconds(), rate = scheduled_rate(o, *step, r->steps);
@@ -461,8 +471,8 @@ static int train_epoch(trainer *t, size_t epoch, size_t *step) {
                           (double)((steps + 1) * r->global_batch) / (now - start - checkpoints),
                           (t->data_s - data) / (now - start - checkpoints), 0);
         }
-        if (o->checkpoint_interval_steps != SIZE_MAX && *step % o->checkpoint_interval_steps == 0 &&
-            *step < last) {
+        due = o->checkpoint_interval_steps != SIZE_MAX && *step % o->checkpoint_interval_steps == 0;
+        if (due && *step < last) { /* that of the epoch's end comes after the evaluation */
             if (write_checkpoint(t, *step)) return -1;
             checkpoints += rt_seconds() - now;
         }
@@ -470,9 +480,9 @@ static int train_epoch(trainer *t, size_t epoch, size_t *step) {
     double seconds = rt_seconds() - start - checkpoints, images = (double)(steps * r->global_batch);
     data = t->data_s - data;
     communication = t->rank->communication_s - communication;
-    int end = *step == r->steps, due = (epoch + 1) % o->eval_interval == 0;
-    if ((end || due) && evaluate_and_log(t, *step, epoch)) return -1;
-    if ((end || (epoch + 1) % o->checkpoint_interval == 0) && write_checkpoint(t, *step)) return -1;
+    int end = *step == r->steps;
+    if ((end || (epoch + 1) % o->eval_interval == 0) && evaluate_and_log(t, *step, epoch)) return -1;
+    if ((end || due || (epoch + 1) % o->checkpoint_interval == 0) && write_checkpoint(t, *step)) return -1;
     if (!is_first(t)) return 0;
     show_progress(t, epoch, *step, loss / (double)steps, images / seconds, data / seconds, 1);
     cJSON *line = metrics_line("epoch");
@@ -560,11 +570,11 @@ static int log_start(trainer *t) {
     return 0;
 }
 
-/* config.json: enough to run it again. */
+/* Makes the output directory, and config.json in it: enough to run it again. */
 static int write_config(trainer *t) {
     const run *r = t->r;
     struct utsname host;
-    error_text e;
+    error_text e = {"out of memory for config.json"};
     char path[CHECKPOINT_PATH];
     cJSON *root = cJSON_CreateObject(), *about = cJSON_CreateObject();
     uname(&host);
@@ -584,7 +594,8 @@ static int write_config(trainer *t) {
     char *text = cJSON_Print(root);
     cJSON_Delete(root);
     snprintf(path, sizeof path, "%.*s/config.json", CHECKPOINT_PATH - 16, r->o.output_dir);
-    int failed = !text || file_write_atomic(path, text, strlen(text), &e);
+    int failed =
+        !text || directory_make(r->o.output_dir, &e) || file_write_atomic(path, text, strlen(text), &e);
     free(text);
     return failed ? rt_fail(t->rank, "%s", e.text) : 0;
 }
@@ -592,7 +603,7 @@ static int write_config(trainer *t) {
 static int train_loop(trainer *t) {
     const run *r = t->r;
     size_t step = 0;
-    t->best_accuracy = -1;
+    t->best_accuracy = t->best_saved = -1;
     t->evaluated = SIZE_MAX;
     if (is_first(t)) {
         error_text e;
@@ -620,7 +631,7 @@ static int train_loop(trainer *t) {
 
 static int eval_once(trainer *t) {
     evaluation v = {0};
-    if (evaluate(t, &v) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
+    if (evaluate(t, 0, &v) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
     cJSON *line = evaluation_line(&v, 0, 0);
     cJSON_DeleteItemFromObject(line, "event");
     char *text = cJSON_PrintUnformatted(line);
@@ -641,7 +652,7 @@ static int rank_body(rt_rank *rank, void *argument) {
     rank->threads = (int)o->threads_per_rank;
     if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, (vit_matmul)o->matmul, &e))
         return rt_fail(rank, "%s", e.text);
-    size_t counts = 5 + 3 * V, totals = r->ranks * (2 * RT_CATEGORIES + 1 + 3 * DIST_OPS);
+    size_t counts = 4 + 3 * V, totals = r->ranks * (2 * RT_CATEGORIES + 1 + 3 * DIST_OPS);
     quoted strategy = options_choice(&train_table, o, &o->strategy);
     dist_options d = {.strategy = strategy.text,
                       .batch_size = B,
@@ -689,7 +700,7 @@ static int rank_body(rt_rank *rank, void *argument) {
 
 /* -------------------------------------------------------------------------------------------------------- commands */
 
-/* Makes the output directory. One that already holds a run is not touched. */
+/* Names the output directory. One that already holds a run is refused; it is made when all else is ready. */
 static int prepare_output(run *r, error_text *e) {
     train_options *o = &r->o;
     char path[CHECKPOINT_PATH], stamp[32];
@@ -710,7 +721,7 @@ static int prepare_output(run *r, error_text *e) {
                              "is not built yet)",
                              o->output_dir, traces[i]);
     }
-    return directory_make(o->output_dir, e);
+    return 0;
 }
 
 static int run_ranks(run *r, error_text *e, char **table) {
@@ -857,8 +868,10 @@ int main(int argc, char **argv) {
             status = run_ranks(r, &e, &table) ? 1 : 0;
         }
     }
-    if (!status && fflush(stdout))
+    if (!status && (fflush(stdout) || ferror(stdout)))
         status = 1, error_set(&e, "stdout: cannot be written: %s", strerror(errno));
+    for (char *c = e.text; *c; c++) /* names from outside may hold line ends: one line */
+        if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
     if (status) fprintf(stderr, "train: error: %s\n%s", e.text, table ? table : "");
     dataset_free(&r->train);
     dataset_free(&r->val);
