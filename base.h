@@ -24,7 +24,8 @@ typedef struct {
     char text[2048];
 } error_text;
 
-/* Writes the message (printf style, no newline at its end) and returns -1, so that `return error_set(...)` fails. */
+/* Writes the message (printf style, no newline at its end) and returns -1, so that `return error_set(...)`
+ * fails. */
 __attribute__((format(printf, 2, 3))) static inline int error_set(error_text *e, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
@@ -41,8 +42,8 @@ static inline int size_multiply(size_t a, size_t b, size_t *product) {
 /* What a random stream is for: the second word of its key. */
 enum { RANDOM_INITIALISATION = 1, RANDOM_SHUFFLE, RANDOM_AUGMENTATION, RANDOM_DROP_PATH, RANDOM_SYNTHETIC };
 
-/* A bijection of 64 bits in which every input bit flips about half of the output bits (SplitMix64's finaliser,
- * Steele, Lea and Flood 2014, with Stafford's "Mix13" constants). */
+/* A bijection of 64 bits in which every input bit flips about half of the output bits (SplitMix64's
+ * finaliser, Steele, Lea and Flood 2014, with Stafford's "Mix13" constants). */
 static inline uint64_t random_mix(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
@@ -66,7 +67,7 @@ static inline double random_uniform(uint64_t key, uint64_t i) {
     return (double)(random_bits(key, i) >> 11) * 0x1p-53;
 }
 
-/* Uniform integer in [0, n), n < 2^32 (Lemire's multiplication; its bias of n / 2^64 is of no account here). */
+/* Uniform integer in [0, n), n < 2^32 (Lemire's multiplication; a bias of n / 2^64 is of no account). */
 static inline uint64_t random_below(uint64_t key, uint64_t i, uint64_t n) {
     return (uint64_t)(((unsigned __int128)random_bits(key, i) * n) >> 64);
 }

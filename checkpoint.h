@@ -1,14 +1,16 @@
-/* checkpoint.h - models on disk: folders with config.json (timm's hub layout) and model.safetensors (timm's names).
+/* checkpoint.h - models on disk: folders with config.json (timm's hub layout) and model.safetensors (timm's
+ * names).
  *
  *     model_source s;
- *     if (model_source_open(&s, "runs/first", &e)) ...            // a file, a model folder, a step folder, a whole run
  *     vit_config config;
- *     if (model_source_config(&s, &config, &e)) ...               // from config.json; a bare file: from its shapes
- *     if (model_source_load(&s, &d, &e)) ...                      // as every rank: this rank's part of the weights
+ *     if (model_source_open(&s, "runs/first", &e)) ...     // a file, a model or step folder, a whole run
+ *     if (model_source_config(&s, &config, &e)) ...        // from config.json; a bare file: from its shapes
+ *     if (model_source_load(&s, &d, &e)) ...               // as every rank: this rank's part of the weights
  *     model_source_close(&s);
  *
- * Files hold whole tensors in their logical shapes; each rank reads and writes its own elements of them in place, so
- * that what one strategy wrote any other can read. A step folder appears by one rename, after all is on disk.
+ * Files hold whole tensors in their logical shapes; each rank reads and writes its own elements of them in
+ * place, so that what one strategy wrote any other can read. A step folder appears by one rename, after all
+ * is on disk.
  */
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
@@ -34,7 +36,7 @@ typedef struct model_source {
     const cJSON *label_names; /* array of strings, or NULL */
 } model_source;
 
-/* ------------------------------------------------------------------------------------------------------- reading */
+/* ------------------------------------------------------------------------------------------------ reading */
 
 static inline void model_source_close(model_source *s) {
     safetensors_close(&s->file);
@@ -77,8 +79,8 @@ static inline int checkpoint__triple(const model_source *s, const cJSON *array, 
                      cJSON_IsArray(array) ? "another array" : json_kind(array), low);
 }
 
-/* Opens the model that a path stands for: a safetensors file, a folder with one, or an output directory (its best
- * checkpoint, else its latest), and checks the file's structure. */
+/* Opens the model that a path stands for: a safetensors file, a folder with one, or an output directory (its
+ * best checkpoint, else its latest), and checks the file's structure. */
 static inline int model_source_open(model_source *s, const char *path, error_text *e) {
     *s = (model_source){0};
     struct stat st;
@@ -210,8 +212,8 @@ static inline int checkpoint__shapes(const model_source *s, vit_config *c, error
     return 0;
 }
 
-/* The configuration of the model. On entry *config is what is assumed where nothing tells (heads, image size, eps); a
- * field that stays 0 was told by nobody. */
+/* The configuration of the model. On entry *config is what is assumed where nothing tells (heads, image size,
+ * eps); a field that stays 0 was told by nobody. */
 static inline int model_source_config(const model_source *s, vit_config *config, error_text *e) {
     if (!s->config) return checkpoint__shapes(s, config, e);
     const cJSON *architecture = cJSON_GetObjectItemCaseSensitive(s->config, "architecture");
@@ -300,7 +302,7 @@ static inline int model_source_load(const model_source *s, dist *d, error_text *
     return 0;
 }
 
-/* ------------------------------------------------------------------------------------------------------- writing */
+/* ------------------------------------------------------------------------------------------------ writing */
 
 /* What a folder says of its model beside the weights. */
 typedef struct model_card {
@@ -397,9 +399,9 @@ static inline int checkpoint__agree(dist *d, int failed) {
     return failures || rt_failed(d->rank) ? -1 : 0;
 }
 
-/* Writes `folder` (a path without a slash at its end) with model.safetensors and config.json; every rank must call it.
- * The folder appears by one rename, when all of it is on disk; on failure nothing is left of it, and the ranks that
- * did not cause it find e->text empty. */
+/* Writes `folder` (a path without a slash at its end) with model.safetensors and config.json; every rank must
+ * call it. The folder appears by one rename, when all of it is on disk; on failure nothing is left of it, and
+ * the ranks that did not cause it find e->text empty. */
 static inline int checkpoint_save(dist *d, const char *folder, const model_card *card, error_text *e) {
     char aside[CHECKPOINT_PATH], path[CHECKPOINT_PATH] = "", config[CHECKPOINT_PATH] = "", *text = NULL;
     size_t count;
@@ -447,7 +449,8 @@ static inline int checkpoint_save(dist *d, const char *folder, const model_card 
     return checkpoint__agree(d, failed);
 }
 
-/* Deletes the oldest step folders under `checkpoints` until `keep` are left, never those that `best` and `latest` name. */
+/* Deletes the oldest step folders under `checkpoints` until `keep` are left, never those that `best` and
+ * `latest` name. */
 static inline void checkpoint_prune(const char *checkpoints, size_t keep, const char *best,
                                     const char *latest) {
     struct dirent **entries;

@@ -16,26 +16,27 @@
  *
  * Contents: the communicator, the local transport, strategies, the training loop.
  *
- * A collective is posted, never executed by its caller: it names a stream, the events to wait for, an event to signal
- * and element counts. The host runs on. In the local transport the last rank to arrive executes it for all, adding
- * the ranks' values in rank order, so that a sum has the same bits whatever the bucket or shard it is part of.
+ * A collective is posted, never executed by its caller: it names a stream, the events to wait for, an event
+ * to signal and element counts. The host runs on. In the local transport the last rank to arrive executes it
+ * for all, adding the ranks' values in rank order, so that a sum has the same bits whatever the bucket or
+ * shard it is part of.
  *
- * A strategy is five hooks around the units of one training step (dist_strategy). It does not know what computes and
- * what communicates. `single`, `dp` and `ddp` are here; a strategy says, unit by unit, which part [lo, hi) of the
- * parameters this rank updates and saves (dist_shard), and everything else is common code: the exact gradient norm,
- * clipping, the optimizer, evaluation, checkpoints.
+ * A strategy is five hooks around the units of one training step (dist_strategy). It does not know what
+ * computes and what communicates. `single`, `dp` and `ddp` are here; a strategy says, unit by unit, which
+ * part [lo, hi) of the parameters this rank updates and saves (dist_shard), and everything else is common
+ * code: the exact gradient norm, clipping, the optimizer, evaluation, checkpoints.
  *
  * With N ranks and equal --gradient-reduction all strategies give the same bits.
  *
- * Errors: a failure of any rank fails the world (rt_fail); then every call returns at once and does nothing, and
- * rt_run reports the first failure. Hooks and loops therefore need no error paths.
+ * Errors: a failure of any rank fails the world (rt_fail); then every call returns at once and does nothing,
+ * and rt_run reports the first failure. Hooks and loops therefore need no error paths.
  */
 #include "vit.h"
 
 #ifndef DIST_H
 #define DIST_H
 
-/* ------------------------------------------------------------------------------------------------ the communicator */
+/* --------------------------------------------------------------------------------------- the communicator */
 
 typedef enum {
     DIST_ALL_REDUCE,     /* in [n] -> out [n] = sum over ranks, in rank order */
@@ -53,8 +54,8 @@ typedef enum {
 /* "all_reduce", ..., "control". */
 const char *dist_op_name(dist_op op);
 
-/* One part of one rank in one collective. In and out may be the same memory (for scatter and gather: the rank's own
- * part of the larger one). */
+/* One part of one rank in one collective. In and out may be the same memory (for scatter and gather: the
+ * rank's own part of the larger one). */
 typedef struct dist_call {
     dist_op op;
     rt_block in, out;
@@ -65,8 +66,9 @@ typedef struct dist_call {
     rt_event *done;   /* signalled at the end, or NULL */
 } dist_call;
 
-/* What a rank sent: calls, elements of the full logical payload, and bytes on the wire (all-reduce 2 (N-1)/N of the
- * payload, scatter and gather (N-1)/N; the root of a broadcast sends N-1 times, the others of a reduce once). */
+/* What a rank sent: calls, elements of the full logical payload, and bytes on the wire (all-reduce 2 (N-1)/N
+ * of the payload, scatter and gather (N-1)/N; the root of a broadcast sends N-1 times, the others of a reduce
+ * once). */
 typedef struct dist_traffic {
     uint64_t calls, elements;
     double wire_bytes;
@@ -93,31 +95,32 @@ typedef struct dist_comm {
     uint64_t waits; /* made so far: tests skip one of them */
 } dist_comm;
 
-/* Posts a call, or adds it to the open group. All ranks post the same collectives in the same order; ranks that
- * disagree fail the world with a table (rank, sequence number, operation, count, unit). */
+/* Posts a call, or adds it to the open group. All ranks post the same collectives in the same order; ranks
+ * that disagree fail the world with a table (rank, sequence number, operation, count, unit). */
 void dist_post(dist_comm *comm, const dist_call *call);
 
 /* The collectives posted in between (not send and recv) are launched as one. */
 void dist_group_begin(dist_comm *comm);
 void dist_group_end(dist_comm *comm);
 
-/* A transport carries out what is posted. `post` gets n calls of one launch; it returns at once or when it must. */
+/* A transport carries out what is posted. `post` gets n calls of one launch; it returns at once or when it
+ * must. */
 typedef struct dist_transport {
     const char *name; /* "local" */
     void (*post)(dist_comm *comm, const dist_call *calls, size_t n);
 } dist_transport;
 
-/* The local transport: the ranks are threads of this process and meet in a hub. NULL: out of memory. The hub must
- * outlive the run of the world. */
+/* The local transport: the ranks are threads of this process and meet in a hub. NULL: out of memory. The hub
+ * must outlive the run of the world. */
 typedef struct dist_hub dist_hub;
 dist_hub *dist_hub_create(rt_world *world);
 void dist_hub_free(dist_hub *hub);
 
-/* This rank's communicator of all ranks of its world, through the hub. The device must be open for the rank. */
+/* This rank's communicator of all ranks of its world, through the hub. The device must be open. */
 int dist_comm_open(dist_comm *comm, dist_hub *hub, rt_rank *rank, const vit_device *device);
 void dist_comm_close(dist_comm *comm);
 
-/* ------------------------------------------------------------------------------------------------------- strategies */
+/* --------------------------------------------------------------------------------------------- strategies */
 
 typedef enum { DIST_ADAMW, DIST_SGD } dist_optimizer;
 typedef enum { DIST_REDUCE_DEFAULT, DIST_REDUCE_LAST, DIST_REDUCE_EVERY } dist_reduction;
@@ -135,8 +138,8 @@ typedef struct dist_options {
     size_t counts;            /* dist_sum will be asked for so many numbers at most */
 } dist_options;
 
-/* The part of a unit that this rank updates and saves: elements [lo, hi) of its parameters. `squares` is the part of
- * the gradient that it adds to the norm: over all ranks they cover the gradient once. */
+/* The part of a unit that this rank updates and saves: elements [lo, hi) of its parameters. `squares` is the
+ * part of the gradient that it adds to the norm: over all ranks they cover the gradient once. */
 typedef struct dist_shard {
     size_t lo, hi;
     rt_block param, grad, squares, state[2];
@@ -176,8 +179,8 @@ typedef struct dist {
     rt_event *arrived; /* dp: [units] */
 } dist;
 
-/* A strategy: what happens around each unit. pre_forward gives the unit's parameters, pre_backward where its gradient
- * goes; both are ready for the compute stream when the hook returns. */
+/* A strategy: what happens around each unit. pre_forward gives the unit's parameters, pre_backward where its
+ * gradient goes; both are ready for the compute stream when the hook returns. */
 typedef struct dist_strategy {
     const char *name;
     dist_reduction reduction; /* the default */
@@ -192,15 +195,15 @@ typedef struct dist_strategy {
 /* NULL: no such strategy. */
 const dist_strategy *dist_strategy_named(const char *name);
 
-/* ------------------------------------------------------------------------------------------------ the training loop */
+/* -------------------------------------------------------------------------------------- the training loop */
 
-/* Allocates all that the rank needs for training; nothing is allocated later. The model must outlive it. -1: e says why
- * (impossible options), or the world has failed (out of memory). */
+/* Allocates all that the rank needs for training; nothing is allocated later. The model must outlive it. -1:
+ * e says why (impossible options), or the world has failed (out of memory). */
 int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_options *options, error_text *e);
 void dist_close(dist *d);
 
-/* Parameters of unit u, whole, without the padding between ranks, in host memory [unit->count]: takes this rank's part
- * of them; gives it (and leaves the rest of `values` alone). */
+/* Parameters of unit u, whole, without the padding between ranks, in host memory [unit->count]: takes this
+ * rank's part of them; gives it (and leaves the rest of `values` alone). */
 void dist_import(dist *d, size_t u, const float *values);
 void dist_export(dist *d, size_t u, float *values);
 
@@ -211,14 +214,15 @@ typedef struct dist_result {
         bad_losses; /* samples whose loss is not finite; then, and if the norm is not, nothing was updated */
 } dist_result;
 
-/* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in the model's
- * type, labels [B], keys [B] of the samples' own randomness. */
+/* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
+ * the model's type, labels [B], keys [B] of the samples' own randomness. */
 void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
 
-/* Forward alone, as in evaluation; every rank must call it. logits [B, V], losses [B] into host memory, or NULL. With
- * not_finite: the index of the first unit whose output has a NaN or an infinity, or the number of units. */
+/* Forward alone, as in evaluation; every rank must call it. logits [B, V], losses [B] into host memory, or
+ * NULL. With not_finite: the index of the first unit whose output has a NaN or an infinity, or the number of
+ * units. */
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,
                   size_t *not_finite);
 
@@ -227,14 +231,14 @@ void dist_sum(dist *d, int64_t *values, size_t n);
 
 #endif /* DIST_H */
 
-/* ============================================================================================== implementation */
+/* ========================================================================================= implementation */
 #ifdef DIST_IMPLEMENTATION
 #undef DIST_IMPLEMENTATION
 
 #include <stdlib.h>
 #include <string.h>
 
-/* ------------------------------------------------------------------------------------------------ the communicator */
+/* --------------------------------------------------------------------------------------- the communicator */
 
 const char *dist_op_name(dist_op op) {
     static const char *const names[] = {"all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce",
@@ -318,7 +322,7 @@ void dist_group_end(dist_comm *comm) {
     dist__launch(comm);
 }
 
-/* ------------------------------------------------------------------------------------------------ the local transport */
+/* ------------------------------------------------------------------------------------ the local transport */
 
 enum { DIST_RING = 16 }; /* launches of one communicator that may be under way; a rank further ahead blocks */
 
@@ -586,7 +590,7 @@ void dist_comm_close(dist_comm *comm) {
     *comm = (dist_comm){0};
 }
 
-/* ------------------------------------------------------------------------------------- what strategies are made of */
+/* ---------------------------------------------------------------------------- what strategies are made of */
 
 /* The unit's run of a flat buffer. */
 static rt_block dist__unit(const dist *d, rt_block flat, size_t u) {
@@ -604,9 +608,9 @@ static rt_block dist__units(const dist *d, rt_block flat, size_t first, size_t l
     return b;
 }
 
-/* Cuts the chain into buckets, from the head down, as backward makes gradients ready. PyTorch's rule: a unit is added
- * first, then the bucket closes if it has reached the limit; the first bucket closes at 1 MiB, so that communication
- * begins early (torch/csrc/distributed/c10d/reducer.cpp). */
+/* Cuts the chain into buckets, from the head down, as backward makes gradients ready. PyTorch's rule: a unit
+ * is added first, then the bucket closes if it has reached the limit; the first bucket closes at 1 MiB, so
+ * that communication begins early (torch/csrc/distributed/c10d/reducer.cpp). */
 static int dist__cut_buckets(dist *d, double limit_mb) {
     size_t n = d->model->units;
     d->bucket = calloc(n, sizeof *d->bucket);
@@ -625,8 +629,8 @@ static int dist__cut_buckets(dist *d, double limit_mb) {
     return 0;
 }
 
-/* Gradients of later micro-batches need a place of their own: backward overwrites. Summed over ranks at the last
- * micro-batch: one slot of the largest unit. At every one: two of the largest bucket, used in turn. */
+/* Gradients of later micro-batches need a place of their own: backward overwrites. Summed over ranks at the
+ * last micro-batch: one slot of the largest unit. At every one: two of the largest bucket, used in turn. */
 static int dist__alloc_slots(dist *d) {
     size_t largest = 0, every = d->options.reduction == DIST_REDUCE_EVERY;
     if (d->options.accumulation < 2) return 0;
@@ -640,10 +644,11 @@ static int dist__alloc_slots(dist *d) {
     return rt_failed(d->rank) ? -1 : 0;
 }
 
-/* The slots are used in turn throughout a step, so that the one that is used again is always the older one. */
+/* The slots are used in turn throughout a step: the one that is used again is always the older one. */
 static size_t dist__slot(const dist *d, size_t bucket) { return (d->micro * d->buckets + bucket) % 2; }
 
-/* Adds to the gradient what the ranks have summed in a slot. (A rank that gets no sum only waits for its slot.) */
+/* Adds to the gradient what the ranks have summed in a slot. (A rank that gets no sum only waits for its
+ * slot.) */
 static void dist__collect(dist *d, size_t slot) {
     dist_bucket *b = d->owed[slot];
     if (!b) return;
@@ -654,7 +659,8 @@ static void dist__collect(dist *d, size_t slot) {
     d->owed[slot] = NULL;
 }
 
-/* Where unit u's backward writes its gradient: of the first micro-batch into the gradient itself, else into a slot. */
+/* Where unit u's backward writes its gradient: of the first micro-batch into the gradient itself, else into a
+ * slot. */
 static rt_block dist__gradient_target(dist *d, size_t u) {
     const dist_bucket *b = &d->bucket[d->bucket_of[u]];
     const vit_unit *unit = &d->model->unit[u];
@@ -674,8 +680,8 @@ static rt_block dist__gradient_target(dist *d, size_t u) {
     return target;
 }
 
-/* Unit u's gradient is there: adds it to those of earlier micro-batches and, when its bucket is full, lets the ranks
- * sum it (op: all-reduce, or reduce to rank 0). */
+/* Unit u's gradient is there: adds it to those of earlier micro-batches and, when its bucket is full, lets
+ * the ranks sum it (op: all-reduce, or reduce to rank 0). */
 static void dist__reduce_gradient(dist *d, size_t u, dist_op op) {
     size_t index = d->bucket_of[u], slot = dist__slot(d, index);
     dist_bucket *b = &d->bucket[index];
@@ -714,8 +720,8 @@ static void dist__finish_gradient(dist *d) {
 
 enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__NORM = 2, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
 
-/* The update, common to all: the exact norm of what this rank owns, one small all-reduce that joins the ranks' norms and
- * losses, one factor for average, unscaling and clipping, the optimizer on the shards. */
+/* The update, common to all: the exact norm of what this rank owns, one small all-reduce that joins the
+ * ranks' norms and losses, one factor for average, unscaling and clipping, the optimizer on the shards. */
 static void dist__update(dist *d) {
     const vit_context *c = &d->context;
     rt_block counters = rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS);
@@ -748,8 +754,8 @@ static void dist__update(dist *d) {
     }
 }
 
-/* Full parameters and gradients on every rank, of which `owners` ranks, from 0 up, own the whole of every unit: they
- * share the work of the norm. */
+/* Full parameters and gradients on every rank, of which `owners` ranks, from 0 up, own the whole of every
+ * unit: they share the work of the norm. */
 static int dist__replicate(dist *d, size_t owners, double bucket_size_mb) {
     size_t n = d->model->units, me = (size_t)d->comm->index;
     d->params = rt_alloc(d->rank, RT_PARAMETERS, d->model->type, d->offset[n], n);
@@ -770,7 +776,7 @@ static rt_block dist__resident(dist *d, size_t u) { return dist__unit(d, d->para
 
 static void dist__nothing(dist *d, size_t u) { (void)d, (void)u; }
 
-/* ----------------------------------------------------------------------------------------------- strategy: single */
+/* --------------------------------------------------------------------------------------- strategy: single */
 
 static int single_open(dist *d, error_text *e) {
     if (d->comm->size > 1)
@@ -786,11 +792,11 @@ static void single_post_backward(dist *d, size_t u) {
                 rt_slice(d->slot[0], 0, d->offset[u + 1] - d->offset[u]));
 }
 
-/* ---------------------------------------------------------------------------------------------------- strategy: dp */
+/* ------------------------------------------------------------------------------------------- strategy: dp */
 
-/* Data parallel with a parameter server, as PyTorch's DataParallel: rank 0 alone has optimizer state. It sends the
- * parameters to all before the forward pass and gets the sum of the gradients after the backward pass. (Each rank loads
- * its own samples, so that inputs and outputs need not be scattered and gathered.) */
+/* Data parallel with a parameter server, as PyTorch's DataParallel: rank 0 alone has optimizer state. It
+ * sends the parameters to all before the forward pass and gets the sum of the gradients after the backward
+ * pass. (Each rank loads its own samples, so that inputs and outputs need not be scattered and gathered.) */
 static int dp_open(dist *d, error_text *e) {
     (void)e;
     d->arrived = calloc(d->model->units, sizeof *d->arrived);
@@ -830,10 +836,10 @@ static void dp_step(dist *d) {
     d->stale = 1;
 }
 
-/* --------------------------------------------------------------------------------------------------- strategy: ddp */
+/* ------------------------------------------------------------------------------------------ strategy: ddp */
 
-/* Distributed data parallel (Li et al. 2020, arXiv 2006.15704): every rank has everything; the gradients of a bucket of
- * units are all-reduced while backward goes on with the units before it. */
+/* Distributed data parallel (Li et al. 2020, arXiv 2006.15704): every rank has everything; the gradients of a
+ * bucket of units are all-reduced while backward goes on with the units before it. */
 static int ddp_open(dist *d, error_text *e) {
     (void)e;
     return dist__replicate(d, (size_t)d->comm->size, d->options.bucket_size_mb);
@@ -846,7 +852,7 @@ static void ddp_step(dist *d) {
     dist__update(d);
 }
 
-/* --------------------------------------------------------------------------------------------- table of strategies */
+/* ------------------------------------------------------------------------------------ table of strategies */
 
 static const dist_strategy dist__strategies[] = {
     {"single", DIST_REDUCE_LAST, single_open, dist__resident, dist__nothing, dist__gradient_target,
@@ -863,7 +869,7 @@ const dist_strategy *dist_strategy_named(const char *name) {
     return NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------ the training loop */
+/* -------------------------------------------------------------------------------------- the training loop */
 
 int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_options *options, error_text *e) {
     rt_rank *rank = comm->rank;

@@ -11,13 +11,13 @@
  * Contents: types and blocks, streams and events, ledger, ranks and worlds, operations.
  * In one source file: #define RUNTIME_IMPLEMENTATION before the include (vit.h does it for you).
  *
- * Ranks are threads of one process. A rank has a host (the thread itself) and streams, ordered queues of work as in
- * CUDA. On a CPU an operation has run when its call returns; only collectives complete later. Streams still matter:
- * they carry the virtual clocks that give a timeline (an operation starts at the latest of its stream's end, the
- * host's time and the events waited for), and the vector clocks by which the checker proves that the program would
- * be correct if streams ran side by side, as they do on a GPU.
+ * Ranks are threads of one process. A rank has a host (the thread itself) and streams, ordered queues of work
+ * as in CUDA. On a CPU an operation has run when its call returns; only collectives complete later. Streams
+ * still matter: they carry the virtual clocks that give a timeline (an operation starts at the latest of its
+ * stream's end, the host's time and the events waited for), and the vector clocks by which the checker proves
+ * that the program would be correct if streams ran side by side, as they do on a GPU.
  *
- * Threads: everything of an rt_rank belongs to its own thread, except what the comments put under world->lock.
+ * Threads: all of an rt_rank belongs to its own thread, except what the comments put under world->lock.
  */
 #ifndef RUNTIME_H
 #define RUNTIME_H
@@ -26,7 +26,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-/* ------------------------------------------------------------------------------------------ types and blocks */
+/* --------------------------------------------------------------------------------------- types and blocks */
 
 typedef enum { RT_U8, RT_I32, RT_I64, RT_U64, RT_FP16, RT_BF16, RT_FP32, RT_FP64 } rt_type;
 
@@ -36,16 +36,16 @@ size_t rt_type_size(rt_type type);
 /* Streams of a rank. The host counts as one: what it does happens before all that it launches later. */
 enum { RT_HOST, RT_COMPUTE, RT_COMMUNICATION, RT_STREAMS };
 
-/* The checker's memory of one piece of memory: who wrote it last, and when each stream last read it. Times are
- * positions in the history of a stream. */
+/* The checker's memory of one piece of memory: who wrote it last, and when each stream last read it. Times
+ * are positions in the history of a stream. */
 typedef struct {
     uint64_t write_time, read_time[RT_STREAMS];
     int writer;
     const char *write_op, *read_op[RT_STREAMS];
 } rt_track;
 
-/* A typed run of memory, or a part of one. `data` may be NULL: an absent optional argument. A block that spans
- * several tracked pieces (a bucket of units, say) names them all: track[0 .. tracks). */
+/* A typed run of memory, or a part of one. `data` may be NULL: an absent optional argument. A block that
+ * spans several tracked pieces (a bucket of units, say) names them all: track[0 .. tracks). */
 typedef struct {
     void *data;
     rt_type type;
@@ -57,7 +57,7 @@ typedef struct {
 /* Elements [offset, offset + count) of a block. The checker takes the part for the whole. */
 rt_block rt_slice(rt_block block, size_t offset, size_t count);
 
-/* ----------------------------------------------------------------------------------------- streams and events */
+/* ------------------------------------------------------------------------------------- streams and events */
 
 /* A point in a stream's history. A collective's event is pending until the last rank has posted its part. */
 typedef struct rt_event {
@@ -80,7 +80,7 @@ void rt_record(struct rt_rank *rank, int stream, rt_event *event);
 /* What comes later on the stream happens after the event. Blocks the host while the event is pending. */
 void rt_wait(struct rt_rank *rank, int stream, rt_event *event);
 
-/* ------------------------------------------------------------------------------------------------------ ledger */
+/* ------------------------------------------------------------------------------------------------- ledger */
 
 typedef enum {
     RT_PARAMETERS,
@@ -99,15 +99,15 @@ typedef struct {
     size_t bytes[RT_CATEGORIES], peak_bytes[RT_CATEGORIES], total_bytes, total_peak_bytes;
 } rt_ledger;
 
-/* A zeroed block of device memory that the ledger counts, with `tracks` pieces for the checker (at least 1). A block
- * without data and a failed world when the device has no more. */
+/* A zeroed block of device memory that the ledger counts, with `tracks` pieces for the checker (at least 1).
+ * A block without data and a failed world when the device has no more. */
 rt_block rt_alloc(struct rt_rank *rank, rt_category category, rt_type type, size_t count, size_t tracks);
 
-/* Gives back what rt_alloc gave (the block itself, not a slice of it). No collective may be pending on it, unless the
- * world has failed. */
+/* Gives back what rt_alloc gave (the block itself, not a slice of it). No collective may be pending on it,
+ * unless the world has failed. */
 void rt_free(struct rt_rank *rank, rt_category category, rt_block *block);
 
-/* --------------------------------------------------------------------------------------------- ranks and worlds */
+/* --------------------------------------------------------------------------------------- ranks and worlds */
 
 /* What a rank posted last; the table that explains a failure shows it for every rank. */
 typedef struct {
@@ -155,8 +155,8 @@ typedef struct rt_world {
 int rt_world_init(rt_world *world, int size, int flags);
 void rt_world_free(rt_world *world);
 
-/* Runs body(rank, argument) as every rank, each in a thread of its own (one rank: in the caller's), and returns when
- * all have returned: 0, or -1 with world->error set. */
+/* Runs body(rank, argument) as every rank, each in a thread of its own (one rank: in the caller's), and
+ * returns when all have returned: 0, or -1 with world->error set. */
 int rt_run(rt_world *world, int (*body)(rt_rank *rank, void *argument), void *argument);
 
 /* Records the first failure of the world (printf style) and wakes every rank. Always returns -1. */
@@ -170,18 +170,18 @@ static inline int rt_failed(const rt_rank *rank) {
     return atomic_load_explicit(&rank->world->failed, memory_order_relaxed);
 }
 
-/* Blocks until *done is non-zero, with the lock held. If no rank of the world can run any more, that is a deadlock:
- * the world fails with the table. Returns 0, or -1 when the world has failed. */
+/* Blocks until *done is non-zero, with the lock held. If no rank of the world can run any more, that is a
+ * deadlock: the world fails with the table. Returns 0, or -1 when the world has failed. */
 int rt_block_until(rt_rank *rank, const int *done);
 
-/* After a failure: returns when no rank executes a collective, which might use memory and events of this rank. None
- * begins any more. */
+/* After a failure: returns when no rank executes a collective, which might use memory and events of this
+ * rank. None begins any more. */
 void rt_drain(rt_rank *rank);
 
 /* Seconds of a monotonic clock. */
 double rt_seconds(void);
 
-/* -------------------------------------------------------------------------------------------------- operations */
+/* --------------------------------------------------------------------------------------------- operations */
 
 #define RT_END         SIZE_MAX /* in `tracks`: the end of a list of blocks */
 #define RT_BLOCKS(...) ((const rt_block[]){__VA_ARGS__, {.tracks = RT_END}})
@@ -191,8 +191,8 @@ double rt_seconds(void);
  * Returns 1: go on; 0: the world has failed, do nothing. */
 int rt_begin(rt_rank *rank, int stream, const char *op, const rt_block *reads, const rt_block *writes);
 
-/* Ends what rt_begin began: the stream's clock advances by the measured time. flops and bytes are the operation's
- * arithmetic and the least memory traffic that it needs. */
+/* Ends what rt_begin began: the stream's clock advances by the measured time. flops and bytes are the
+ * operation's arithmetic and the least memory traffic that it needs. */
 void rt_end(rt_rank *rank, int stream, double flops, double bytes);
 
 /* The checker's part of rt_begin alone, for a collective, which runs later. */
@@ -200,7 +200,7 @@ int rt_access(rt_rank *rank, int stream, const char *op, const rt_block *reads, 
 
 #endif /* RUNTIME_H */
 
-/* ============================================================================================== implementation */
+/* ========================================================================================= implementation */
 #ifdef RUNTIME_IMPLEMENTATION
 #undef RUNTIME_IMPLEMENTATION
 
@@ -228,7 +228,7 @@ double rt_seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* ------------------------------------------------------------------------------------------------------ failures */
+/* ----------------------------------------------------------------------------------------------- failures */
 
 static int rt__fail(rt_rank *rank, const char *format, va_list arguments) { /* lock held */
     rt_world *w = rank->world;
@@ -305,7 +305,7 @@ void rt_drain(rt_rank *rank) {
     pthread_mutex_unlock(&w->lock);
 }
 
-/* ------------------------------------------------------------------------------------------- streams and events */
+/* ------------------------------------------------------------------------------------- streams and events */
 
 static void rt__merge(uint64_t clock[RT_STREAMS], const uint64_t other[RT_STREAMS]) {
     for (int s = 0; s < RT_STREAMS; s++)
@@ -344,7 +344,7 @@ void rt_wait(rt_rank *rank, int stream, rt_event *event) {
     rt__merge(s->clock, event->clock);
 }
 
-/* --------------------------------------------------------------------------------------------------- operations */
+/* --------------------------------------------------------------------------------------------- operations */
 
 static int rt__race(rt_rank *rank, int stream, const char *op, int writes, const char *other,
                     int other_stream, int other_wrote) {
@@ -399,7 +399,7 @@ void rt_end(rt_rank *rank, int stream, double flops, double bytes) {
     rank->bytes += bytes;
 }
 
-/* ------------------------------------------------------------------------------------------------------- ledger */
+/* ------------------------------------------------------------------------------------------------- ledger */
 
 const char *rt_category_name(rt_category category) {
     static const char *const names[] = {"parameters",  "gradients",     "optimizer",
@@ -439,7 +439,7 @@ void rt_free(rt_rank *rank, rt_category category, rt_block *block) {
     *block = (rt_block){0};
 }
 
-/* ---------------------------------------------------------------------------------------------- ranks and worlds */
+/* --------------------------------------------------------------------------------------- ranks and worlds */
 
 int rt_world_init(rt_world *world, int size, int flags) {
     *world = (rt_world){.size = size, .flags = flags, .ranks = calloc((size_t)size, sizeof(rt_rank))};

@@ -1,11 +1,12 @@
 /* train.c - the program: trains and evaluates Vision Transformers on any number of ranks.
  *
- *     make && ./train --nproc-per-node 2                        # the digits inside the program, two local ranks
+ *     make && ./train --nproc-per-node 2                       # the embedded digits, two local ranks
  *     ./train --data-path cifar-10-batches-bin --epochs 6
  *     ./train eval --checkpoint runs/... --data-path cifar-10-batches-bin
  *
- * In this order: preparation (options, data, model), batches, evaluation, the training loop, commands, main. The
- * strategies are in dist.h, the model in vit.h, its folders on disk in checkpoint.h, the options in train_options.h.
+ * In this order: preparation (options, data, model), batches, evaluation, the training loop, commands, main.
+ * The strategies are in dist.h, the model in vit.h, its folders on disk in checkpoint.h, the options in
+ * train_options.h.
  */
 #define VIT_IMPLEMENTATION
 #define DIST_IMPLEMENTATION
@@ -33,7 +34,7 @@ typedef struct run {
     dist_hub *hub;
 } run;
 
-/* --------------------------------------------------------------------------------------------------- preparation */
+/* -------------------------------------------------------------------------------------------- preparation */
 
 static int given(const run *r, const void *field) { return options_given(&train_table, &r->o, field); }
 
@@ -205,7 +206,7 @@ static int prepare(run *r, error_text *e) {
                : 0;
 }
 
-/* --------------------------------------------------------------------------------------------------------- batches */
+/* ------------------------------------------------------------------------------------------------ batches */
 
 /* One rank's micro-batches in host memory, and the model's state that it trains. */
 typedef struct trainer {
@@ -247,7 +248,7 @@ static void load_batch(trainer *t, size_t epoch, size_t step, size_t m) {
     t->data_s += rt_seconds() - start;
 }
 
-/* ------------------------------------------------------------------------------------------------------ evaluation */
+/* --------------------------------------------------------------------------------------------- evaluation */
 
 typedef struct evaluation {
     size_t images;
@@ -255,17 +256,18 @@ typedef struct evaluation {
     scores scores;
 } evaluation;
 
-/* Every image of the validation set exactly once: rank r takes r, r + N, ...; the last batches are filled up with blanks
- * that do not count. All that is summed over ranks is an integer. */
-static int evaluate(trainer *t, size_t step, evaluation *result) {
+/* Every image of the validation set exactly once: rank r takes r, r + N, ...; the last batches are filled up
+ * with blanks that do not count. All that is summed over ranks is an integer. A loss that is not finite
+ * fails: all ranks then go through it once more and look for the unit (explain). */
+static int evaluate(trainer *t, size_t step, int explain, evaluation *result) {
     const run *r = t->r;
     const vit_config *c = &r->config;
     size_t pixels = c->channels * c->image_height * c->image_width, B = r->o.batch_size, V = r->model.V,
            N = r->ranks;
-    size_t batches = (r->val.count + N * B - 1) / (N * B), length = 4 + 3 * V;
-    int64_t *counts = calloc(length, sizeof *counts), loss = 0;
+    size_t batches = (r->val.count + N * B - 1) / (N * B), length = 5 + 3 * V;
+    int64_t *counts = calloc(length, sizeof *counts), loss = 0, bad = 0;
     if (!counts) return rt_fail(t->rank, "rank %d: out of memory for %zu counts", t->rank->rank, length);
-    score_counts s = {.hit = counts + 4, .predicted = counts + 4 + V, .actual = counts + 4 + 2 * V};
+    score_counts s = {.hit = counts + 5, .predicted = counts + 5 + V, .actual = counts + 5 + 2 * V};
     for (size_t k = 0; k < batches && !rt_failed(t->rank); k++) {
         for (size_t b = 0; b < B; b++) {
             size_t index = (k * B + b) * N + (size_t)t->rank->rank;
@@ -277,30 +279,31 @@ static int evaluate(trainer *t, size_t step, evaluation *result) {
                 memset(image, 0, pixels * sizeof *image);
             t->labels[b] = real ? r->val.labels[index] : 0;
         }
-        size_t unit; /* the first whose output is not finite */
-        dist_forward(&t->d, t->images, t->labels, t->logits, t->losses, &unit);
+        size_t unit = 0; /* the first whose output is not finite */
+        dist_forward(&t->d, t->images, t->labels, t->logits, t->losses, explain ? &unit : NULL);
         for (size_t b = 0; b < B && !rt_failed(t->rank); b++) {
             size_t index = (k * B + b) * N + (size_t)t->rank->rank;
             if (index >= r->val.count) break;
-            if (!(t->losses[b] < 1e6f)) { /* a larger one could not be summed */
+            int fine = t->losses[b] < 1e6f; /* a larger one could not be summed */
+            if (!fine && explain)
                 rt_fail(t->rank,
                         "evaluation after step %zu: the loss of image %zu is %g: on rank %d the first unit "
                         "with a NaN or an infinity: %s",
                         step, index, (double)t->losses[b], t->rank->rank,
                         unit < r->model.units ? r->model.unit[unit].name : "none");
-                break;
-            }
-            loss += llround((double)t->losses[b] / VIT_LOSS_UNIT);
+            bad += !fine;
+            loss += fine ? llround((double)t->losses[b] / VIT_LOSS_UNIT) : 0;
             score_count(&s, t->logits + b * V, V, (size_t)t->labels[b]);
         }
     }
-    int64_t *totals[] = {&s.images, &s.correct, &s.correct_top5, &loss};
-    for (int i = 0; i < 4; i++) counts[i] = *totals[i];
+    int64_t *totals[] = {&s.images, &s.correct, &s.correct_top5, &loss, &bad};
+    for (int i = 0; i < 5; i++) counts[i] = *totals[i];
     dist_sum(&t->d, counts, length);
-    for (int i = 0; i < 4; i++) *totals[i] = counts[i];
+    for (int i = 0; i < 5; i++) *totals[i] = counts[i];
     *result = (evaluation){(size_t)s.images, (double)loss * VIT_LOSS_UNIT / (double)(s.images ? s.images : 1),
                            score_result(&s, V)};
     free(counts);
+    if (bad && !explain && !rt_failed(t->rank)) return evaluate(t, step, 1, result);
     return rt_failed(t->rank) ? -1 : 0;
 }
 
@@ -318,7 +321,7 @@ static cJSON *evaluation_line(const evaluation *v, size_t step, size_t epoch) {
     return line;
 }
 
-/* ------------------------------------------------------------------------------------------------ the training loop */
+/* -------------------------------------------------------------------------------------- the training loop */
 
 /* The rate of step t = 0, 1, ... of T with W steps of warm-up. */
 static double scheduled_rate(const train_options *o, size_t t, size_t T) {
@@ -359,7 +362,7 @@ static void show_progress(const trainer *t, size_t epoch, size_t step, double lo
 
 static int evaluate_and_log(trainer *t, size_t step, size_t epoch) {
     evaluation v = {0};
-    if (evaluate(t, step, &v)) return -1;
+    if (evaluate(t, step, 0, &v)) return -1;
     t->evaluated = step;
     t->last_accuracy = v.scores.accuracy;
     if (t->last_accuracy > t->best_accuracy) t->best_accuracy = t->last_accuracy;
@@ -398,7 +401,8 @@ static int write_checkpoint(trainer *t, size_t step) {
     return log_line(t, line);
 }
 
-/* A loss or a gradient is not finite. Nothing was updated, so the micro-batches can be run again, unit by unit. */
+/* A loss or a gradient is not finite. Nothing was updated, so the micro-batches can be run again, unit by
+ * unit. */
 static int explain_not_finite(trainer *t, size_t epoch, size_t step_of_epoch, size_t step,
                               const dist_result *result) {
     size_t N = t->r->ranks, units = t->r->model.units;
@@ -631,7 +635,7 @@ static int train_loop(trainer *t) {
 
 static int eval_once(trainer *t) {
     evaluation v = {0};
-    if (evaluate(t, 0, &v) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
+    if (evaluate(t, 0, 0, &v) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
     cJSON *line = evaluation_line(&v, 0, 0);
     cJSON_DeleteItemFromObject(line, "event");
     char *text = cJSON_PrintUnformatted(line);
@@ -652,7 +656,7 @@ static int rank_body(rt_rank *rank, void *argument) {
     rank->threads = (int)o->threads_per_rank;
     if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, (vit_matmul)o->matmul, &e))
         return rt_fail(rank, "%s", e.text);
-    size_t counts = 4 + 3 * V, totals = r->ranks * (2 * RT_CATEGORIES + 1 + 3 * DIST_OPS);
+    size_t counts = 5 + 3 * V, totals = r->ranks * (2 * RT_CATEGORIES + 1 + 3 * DIST_OPS);
     quoted strategy = options_choice(&train_table, o, &o->strategy);
     dist_options d = {.strategy = strategy.text,
                       .batch_size = B,
@@ -698,7 +702,7 @@ static int rank_body(rt_rank *rank, void *argument) {
     return 0;
 }
 
-/* -------------------------------------------------------------------------------------------------------- commands */
+/* ----------------------------------------------------------------------------------------------- commands */
 
 /* Names the output directory. One that already holds a run is refused; it is made when all else is ready. */
 static int prepare_output(run *r, error_text *e) {
@@ -740,8 +744,8 @@ static int run_ranks(run *r, error_text *e, char **table) {
     return failed;
 }
 
-/* An all-reduce of growing sizes over all ranks, checked and timed as nccl-tests does: algorithm bandwidth = bytes / time,
- * bus bandwidth = that times 2 (N - 1) / N. */
+/* An all-reduce of growing sizes over all ranks, checked and timed as nccl-tests does: algorithm bandwidth =
+ * bytes / time, bus bandwidth = that times 2 (N - 1) / N. */
 static int env_body(rt_rank *rank, void *argument) {
     run *r = argument;
     error_text e;
@@ -835,10 +839,10 @@ static int command_help(const train_options *o, error_text *e) {
     return 0;
 }
 
-/* ------------------------------------------------------------------------------------------------------------- main */
+/* --------------------------------------------------------------------------------------------------- main */
 
-/* Threads that wait for each other must sleep, not spin: ranks are threads too, and there may be more than cores. OpenMP
- * reads this when it is loaded, so the program sets it and starts itself again. */
+/* Threads that wait for each other must sleep, not spin: ranks are threads too, and there may be more than
+ * cores. OpenMP reads this when it is loaded, so the program sets it and starts itself again. */
 static void sleep_while_waiting(char **argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("GOMP_SPINCOUNT")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);

@@ -10,28 +10,28 @@
  *     vit_config_named(&config, "vit_tiny_patch16_224", &e);
  *     config.num_classes = 10;
  *     vit_open(&vit, &config, &vit_cpu, RT_FP32, 8, &e);      // batches of 8 images, random weights
- *     double loss = vit_forward(&vit, images, labels);        // images [8, 3, 224, 224] float, labels [8] int32
- *     vit_backward(&vit);                                     // gradients of the mean loss in vit.gradients
+ *     double loss = vit_forward(&vit, images, labels);        // float [8, 3, 224, 224], int32 [8]
+ *     vit_backward(&vit);                                     // gradients of that loss in vit.gradients
  *     vit_close(&vit);
  *
  * Contents: configurations, the device table, tensors and units, the context, activations, one replica,
  * operations.
  *
  * A model is a chain of units: embedding, block 0 .. depth-1, head. A unit owns a contiguous flat run of
- * parameters and maps one activation to the next. It is the grain of everything that distributes training: what
- * ZeRO-3 gathers, what a pipeline stage is cut from, what activation checkpointing recomputes. This file knows no
- * rank but its own and no strategy; dist.h runs the same units.
+ * parameters and maps one activation to the next. It is the grain of everything that distributes training:
+ * what ZeRO-3 gathers, what a pipeline stage is cut from, what activation checkpointing recomputes. This file
+ * knows no rank but its own and no strategy; dist.h runs the same units.
  *
- * The architecture is timm's VisionTransformer (Dosovitskiy et al. 2020, arXiv 2010.11929): pre-LN blocks, exact erf
- * GELU, qkv with bias packed q | k | v, each head by head, a class token, learned positions, drop-path (stochastic
- * depth), a final LayerNorm of which only the class token is used, a linear head.
- * Letters in shapes: B images of a micro-batch, C channels, P patch side, N patches, T = N + 1 tokens, D embedding
- * size, H heads, F hidden size of the MLP, V classes. Everything is row-major.
+ * The architecture is timm's VisionTransformer (Dosovitskiy et al. 2020, arXiv 2010.11929): pre-LN blocks,
+ * exact erf GELU, qkv with bias packed q | k | v, each head by head, a class token, learned positions,
+ * drop-path (stochastic depth), a final LayerNorm of which only the class token is used, a linear head.
+ * Letters in shapes: B images of a micro-batch, C channels, P patch side, N patches, T = N + 1 tokens, D
+ * embedding size, H heads, F hidden size of the MLP, V classes. Everything is row-major.
  *
  * What it leaves out: dropout other than drop-path, pooling other than the class token, dynamic image sizes.
  *
- * Threads and lifetime: a vit_model is read-only after vit_model_init and may be shared by ranks; everything else
- * belongs to one rank. Nothing here prints or exits.
+ * Threads and lifetime: a vit_model is read-only after vit_model_init and may be shared by ranks; everything
+ * else belongs to one rank. Nothing here prints or exits.
  */
 #ifdef VIT_IMPLEMENTATION
 #define RUNTIME_IMPLEMENTATION
@@ -41,7 +41,7 @@
 #ifndef VIT_H
 #define VIT_H
 
-/* -------------------------------------------------------------------------------------------------- configurations */
+/* ----------------------------------------------------------------------------------------- configurations */
 
 typedef struct vit_config {
     char name[64]; /* the timm name that it began as */
@@ -59,21 +59,21 @@ int vit_config_named(vit_config *config, const char *name, error_text *e);
 /* Names of the built-in configurations, in order of size; NULL after the last. */
 const char *vit_config_name(size_t i);
 
-/* ------------------------------------------------------------------------------------------------ the device table */
+/* --------------------------------------------------------------------------------------- the device table */
 
-/* What changes at every step lives in device memory as one block of doubles, so that a recorded step can be replayed:
- * the host writes the first group before the step, the device writes the second. */
+/* What changes at every step lives in device memory as one block of doubles, so that a recorded step can be
+ * replayed: the host writes the first group before the step, the device writes the second. */
 enum {
     VIT_LEARNING_RATE,
     VIT_BIAS_CORRECTION1, /* 1 - beta1^t */
     VIT_BIAS_CORRECTION2, /* 1 - beta2^t */
-    VIT_GRADIENT_FACTOR, /* average, unscaling and clipping in one multiplication; 0: skip this step's update */
-    VIT_GRADIENT_NORM,   /* of the averaged gradient, before clipping */
+    VIT_GRADIENT_FACTOR,  /* average, unscaling and clipping in one; 0: skip this step's update */
+    VIT_GRADIENT_NORM,    /* of the averaged gradient, before clipping */
     VIT_SCALARS
 };
 
-/* Counters of the exact sum of squares: two per binary exponent of a granule's sum, and one for Inf and NaN. The
- * squares of fp32 numbers, and sums of 16 of them, have exponents -298 .. 260. */
+/* Counters of the exact sum of squares: two per binary exponent of a granule's sum, and one for Inf and NaN.
+ * The squares of fp32 numbers, and sums of 16 of them, have exponents -298 .. 260. */
 enum { VIT_GRANULE = 16, VIT_NORM_MIN_EXPONENT = -320, VIT_NORM_EXPONENTS = 640 };
 enum { VIT_NORM_NOT_FINITE = 2 * VIT_NORM_EXPONENTS, VIT_NORM_COUNTERS };
 
@@ -84,9 +84,9 @@ typedef struct vit_sgd_options {
     double momentum, weight_decay;
 } vit_sgd_options;
 
-/* The operations of a device. Shapes are those of the blocks' contents; blocks of the model's type unless it says
- * otherwise. `forward` entries write their first blocks, `backward` entries overwrite gradients of parameters.
- * An absent optional block has no data. The table is the whole of what a device must offer. */
+/* The operations of a device. Shapes are those of the blocks' contents; blocks of the model's type unless it
+ * says otherwise. `forward` entries write their first blocks, `backward` entries overwrite gradients of
+ * parameters. An absent optional block has no data. The table is the whole of what a device must offer. */
 typedef struct vit_device {
     const char *name; /* "cpu" */
     unsigned types;   /* bit 1 << t: it computes models of rt_type t */
@@ -102,11 +102,12 @@ typedef struct vit_device {
     /* Numbers of saved elements that attention_backward needs, for B images. */
     size_t (*attention_saved)(size_t B, size_t T, size_t H, size_t head_dim);
 
-    /* y [rows, out] = x [rows, in] w [out, in]^T + b [out]. With pre [rows, out]: pre takes that, y = gelu(pre). */
+    /* y [rows, out] = x [rows, in] w [out, in]^T + b [out]. With pre [rows, out]: pre takes that, y =
+     * gelu(pre). */
     void (*linear_forward)(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
                            size_t rows, size_t in, size_t out);
-    /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w; with pre [rows, in], of
-     * which x = gelu(pre): dx = (dy w) * gelu'(pre). */
+    /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w; with pre [rows,
+     * in], of which x = gelu(pre): dx = (dy w) * gelu'(pre). */
     void (*linear_backward)(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out);
 
@@ -115,26 +116,29 @@ typedef struct vit_device {
     void (*layernorm_forward)(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block x,
                               rt_block gamma, rt_block beta, size_t rows, size_t dim, size_t x_stride,
                               double eps);
-    /* dx = residual (optional, may be dx itself) + d LayerNorm / dx; rows of dx, residual and x are x_stride apart. */
+    /* dx = residual (optional, may be dx itself) + d LayerNorm / dx; rows of dx, residual and x are x_stride
+     * apart. */
     void (*layernorm_backward)(rt_stream *s, rt_block dx, rt_block dgamma, rt_block dbeta, rt_block residual,
                                rt_block dy, rt_block x, rt_block mean, rt_block rstd, rt_block gamma,
                                size_t rows, size_t dim, size_t x_stride);
 
-    /* out [B, T, D] = softmax(q k^T / sqrt(head_dim)) v for each image and head; qkv [B, T, 3, H, head_dim]. */
+    /* out [B, T, D] = softmax(q k^T / sqrt(head_dim)) v, image by image and head by head;
+     * qkv [B, T, 3, H, head_dim]. */
     void (*attention_forward)(rt_stream *s, rt_block out, rt_block saved, rt_block qkv, size_t B, size_t T,
                               size_t H, size_t head_dim);
     void (*attention_backward)(rt_stream *s, rt_block dqkv, rt_block dout, rt_block qkv, rt_block out,
                                rt_block saved, size_t B, size_t T, size_t H, size_t head_dim);
 
-    /* out [B, count] = x + k_b branch (branch may be out itself): k_b = 0 with probability rate, else 1 / (1 - rate),
-     * drawn by vit_drop_path_factor(keys [B] (uint64)[b], salt, rate). */
+    /* out [B, count] = x + k_b branch (branch may be out itself): k_b = 0 with probability rate, else 1 / (1
+     * - rate), drawn by vit_drop_path_factor(keys [B] (uint64)[b], salt, rate). */
     void (*residual_forward)(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
                              size_t count, double rate, uint64_t salt);
     /* dbranch [B, count] = k_b dout. */
     void (*residual_backward)(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                               size_t count, double rate, uint64_t salt);
 
-    /* patches [B, N, C * P * P] of images [B, C, height, width]; pixels beyond the last whole patch are left out. */
+    /* patches [B, N, C * P * P] of images [B, C, height, width]; pixels beyond the last whole patch are left
+     * out. */
     void (*patchify_forward)(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,
                              size_t height, size_t width, size_t P);
     /* out [B, N + 1, D] = (cls [D] | x [B, N, D]) + pos [N + 1, D]. */
@@ -143,35 +147,39 @@ typedef struct vit_device {
     void (*embedding_backward)(rt_stream *s, rt_block dx, rt_block dcls, rt_block dpos, rt_block dout,
                                size_t B, size_t N, size_t D);
 
-    /* probabilities [B, V] = softmax(logits); losses [B] (at least fp32) = cross entropy with the labels [B] (int32),
-     * smoothed: target = (1 - smoothing) one_hot + smoothing / V. */
+    /* probabilities [B, V] = softmax(logits); losses [B] (at least fp32) = cross entropy with the labels [B]
+     * (int32), smoothed: target = (1 - smoothing) one_hot + smoothing / V. */
     void (*cross_entropy_forward)(rt_stream *s, rt_block losses, rt_block probabilities, rt_block logits,
                                   rt_block labels, size_t B, size_t V, double smoothing);
     /* dlogits = scale * (probabilities - target). */
     void (*cross_entropy_backward)(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels,
                                    size_t B, size_t V, double smoothing, double scale);
-    /* total (int64) [0] += sum over b of losses[b] / B in units of VIT_LOSS_UNIT, [1] += number that are not finite. */
+    /* total (int64) [0] += sum over b of losses[b] / B in units of VIT_LOSS_UNIT, [1] += number that are not
+     * finite. */
     void (*loss_accumulate)(rt_stream *s, rt_block total, rt_block losses, size_t B);
 
-    /* Optimizers as PyTorch defines them, on a flat run of which the first `decayed` elements decay. The gradient is
-     * first multiplied by scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. */
+    /* Optimizers as PyTorch defines them, on a flat run of which the first `decayed` elements decay. The
+     * gradient is first multiplied by scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. */
     void (*adamw)(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
                   rt_block scalars, size_t decayed, const vit_adamw_options *o);
     void (*sgd)(rt_stream *s, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
                 size_t decayed, const vit_sgd_options *o);
 
-    /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x, whose start is a multiple of
-     * 16 elements: the sum of each granule of 16 is formed in double, in a fixed order, then its significand is added
-     * as two integers to the counters of its exponent. Integer sums do not depend on their order. */
+    /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x, whose start is a
+     * multiple of 16 elements: the sum of each granule of 16 is formed in double, in a fixed order, then its
+     * significand is added as two integers to the counters of its exponent. Integer sums do not depend on
+     * their order. */
     void (*sum_of_squares)(rt_stream *s, rt_block counters, rt_block x);
-    /* From the counters of the whole gradient (a sum of `divisor` gradients): scalars[VIT_GRADIENT_NORM] = norm /
-     * divisor, scalars[VIT_GRADIENT_FACTOR] = min(1, clip / (norm + 1e-6)) / divisor (clip 0: off); 0 if not finite. */
+    /* From the counters of the whole gradient (a sum of `divisor` gradients): scalars[VIT_GRADIENT_NORM] =
+     * norm / divisor, scalars[VIT_GRADIENT_FACTOR] = min(1, clip / (norm + 1e-6)) / divisor (clip 0: off); 0
+     * if not finite. */
     void (*gradient_factor)(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip);
 
     void (*fill_zero)(rt_stream *s, rt_block x);
     void (*add)(rt_stream *s, rt_block x, rt_block y); /* x += y */
-    /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by element
-     * (fp32 or int64). A `to` may be one of `from`. Called by the rank that executes, on memory of all ranks. */
+    /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by
+     * element (fp32 or int64). A `to` may be one of `from`. Called by the rank that executes, on memory of
+     * all ranks. */
     void (*sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from);
 } vit_device;
 
@@ -189,7 +197,7 @@ typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul
 int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e); /* after open; -1: not built with it */
 const char *vit_cpu_description(const rt_rank *rank);                /* "own product, AVX-512 14x32" */
 
-/* ----------------------------------------------------------------------------------------------- tensors and units */
+/* -------------------------------------------------------------------------------------- tensors and units */
 
 enum { VIT_ALIGNMENT = 16 }; /* every tensor begins at a multiple of 16 elements of its unit */
 
@@ -225,16 +233,16 @@ typedef struct vit_model {
     size_t parameters;                       /* elements without padding */
 } vit_model;
 
-/* Checks the configuration and lays out its units. -1 with a message for what is mathematically impossible. */
+/* Checks the configuration and lays out its units. -1 with a message for what is impossible. */
 int vit_model_init(vit_model *model, const vit_config *config, rt_type type, error_text *e);
 void vit_model_free(vit_model *model);
 
-/* Fills one unit's parameters (host memory, [unit->count], padding 0) as timm initialises them: weights of linear layers
- * and pos_embed normal with deviation 0.02, cls_token 1e-6, the patch projection uniform as PyTorch's Conv2d, biases
- * 0, norms 1 and 0. Element i of a tensor depends on (seed, tensor, i) alone. */
+/* Fills one unit's parameters (host memory, [unit->count], padding 0) as timm initialises them: weights of
+ * linear layers and pos_embed normal with deviation 0.02, cls_token 1e-6, the patch projection uniform as
+ * PyTorch's Conv2d, biases 0, norms 1 and 0. Element i of a tensor depends on (seed, tensor, i) alone. */
 void vit_unit_initialise(const vit_unit *unit, uint64_t seed, float *parameters);
 
-/* ------------------------------------------------------------------------------------------------------ the context */
+/* -------------------------------------------------------------------------------------------- the context */
 
 /* The data of one micro-batch in device memory, readable by every unit. */
 typedef struct vit_batch {
@@ -264,15 +272,15 @@ void vit_unit_forward(const vit_context *c, const vit_unit *unit, rt_block param
 void vit_unit_backward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block grads,
                        rt_block in, rt_block saved, rt_block dout, rt_block din);
 
-/* Elements of a unit's output, bytes of what it saves for backward, bytes of scratch of the neediest unit. SIZE_MAX
- * where that does not fit into size_t. */
+/* Elements of a unit's output, bytes of what it saves for backward, bytes of scratch of the neediest unit.
+ * SIZE_MAX where that does not fit into size_t. */
 size_t vit_unit_output(const vit_model *model, const vit_unit *unit, size_t B);
 size_t vit_unit_saved_bytes(const vit_model *model, const vit_device *device, const vit_unit *unit, size_t B);
 size_t vit_workspace_bytes(const vit_model *model, size_t B);
 
-/* ------------------------------------------------------------------------------------------------------ activations */
+/* -------------------------------------------------------------------------------------------- activations */
 
-/* The activations of one micro-batch of B images: all that forward leaves for backward, and the batch itself. */
+/* The activations of one micro-batch of B images: what forward leaves for backward, and the batch itself. */
 typedef struct vit_activations {
     size_t B;
     vit_batch batch;
@@ -287,7 +295,7 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
                          size_t B);
 void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *model);
 
-/* ------------------------------------------------------------------------------------------------------ one replica */
+/* -------------------------------------------------------------------------------------------- one replica */
 
 /* A model with all that one process needs to run it alone; dist.h has the training loop of many. */
 typedef struct vit_replica {
@@ -300,24 +308,25 @@ typedef struct vit_replica {
     vit_context context;
 } vit_replica;
 
-/* Allocates, and initialises the weights with seed 0 (fp32; in double they begin as 0). -1 with a message, and nothing
- * to close. It computes on one thread until vit->world.ranks[0].threads says more. */
+/* Allocates, and initialises the weights with seed 0 (fp32; in double they begin as 0). -1 with a message,
+ * and nothing to close. It computes on one thread until vit->world.ranks[0].threads says more. */
 int vit_open(vit_replica *vit, const vit_config *config, const vit_device *device, rt_type type, size_t B,
              error_text *e);
 void vit_close(vit_replica *vit);
 
-/* images [B, C, height, width] in the model's type, labels int32 [B]; the mean loss (NaN if the world has failed). With
- * drop-path, copy the samples' keys into activations.batch.sample_keys before each call (vit_copy_in). */
+/* images [B, C, height, width] in the model's type, labels int32 [B]; the mean loss (NaN if the world has
+ * failed). With drop-path, copy the samples' keys into activations.batch.sample_keys before each call
+ * (vit_copy_in). */
 double vit_forward(vit_replica *vit, const void *images, const int32_t *labels);
 /* Gradients of that loss with respect to all parameters, into vit->gradients. */
 void vit_backward(vit_replica *vit);
 /* Logits [B, V] of the last forward, in the model's type. */
 void vit_logits(vit_replica *vit, void *logits);
 
-/* ------------------------------------------------------------------------------------------------------- operations */
+/* --------------------------------------------------------------------------------------------- operations */
 
-/* The front ends of the operations: each declares what it reads and writes, calls the device, and advances the
- * stream's clock. Units use those of the layers (private, below); dist.h uses these. */
+/* The front ends of the operations: each declares what it reads and writes, calls the device, and advances
+ * the stream's clock. Units use those of the layers (private, below); dist.h uses these. */
 void vit_copy_in(const vit_context *c, rt_block to, const void *from);
 void vit_copy_out(const vit_context *c, void *to, rt_block from);
 void vit_fill_zero(const vit_context *c, rt_block x);
@@ -333,7 +342,7 @@ void vit_sgd(const vit_context *c, rt_block param, rt_block momentum, rt_block g
 
 #endif /* VIT_H */
 
-/* ============================================================================================== implementation */
+/* ========================================================================================= implementation */
 #ifdef VIT_IMPLEMENTATION
 #undef VIT_IMPLEMENTATION
 
@@ -346,7 +355,7 @@ static size_t vit__count(size_t a, size_t b, size_t c) {
     return size_multiply(a, b, &ab) || size_multiply(ab, c, &abc) ? SIZE_MAX : abc;
 }
 
-/* -------------------------------------------------------------------------------------------------- configurations */
+/* ----------------------------------------------------------------------------------------- configurations */
 
 static const struct {
     const char *name;
@@ -394,7 +403,7 @@ int vit_config_named(vit_config *config, const char *name, error_text *e) {
     return error_set(e, "no model is named %s", name);
 }
 
-/* ----------------------------------------------------------------------------------------------- tensors and units */
+/* -------------------------------------------------------------------------------------- tensors and units */
 
 /* Appends a tensor to the unit. Call it for the decayed ones first. */
 static void vit__tensor(vit_unit *u, const char *prefix, const char *name, vit_kind kind,
@@ -511,10 +520,10 @@ static rt_block vit__parameter(const vit_unit *u, rt_block flat, int tensor) {
 /* LayerNorm statistics and losses stay in fp32 in any lower precision. */
 static rt_type vit__statistic(const vit_model *m) { return m->type == RT_FP64 ? RT_FP64 : RT_FP32; }
 
-/* ------------------------------------------------------------------------------------------ operations, front ends */
+/* --------------------------------------------------------------------------------- operations, front ends */
 
-/* Declares the accesses, calls the device's entry, and accounts for the work: the whole front end of an operation.
- * Usage: VIT__RUN(c, add, RT_BLOCKS(x, y), RT_BLOCKS(x), flops, bytes, arguments of the entry). */
+/* Declares the accesses, calls the device's entry, and accounts for the work: the whole front end of an
+ * operation. Usage: VIT__RUN(c, add, RT_BLOCKS(x, y), RT_BLOCKS(x), flops, bytes, arguments of the entry). */
 #define VIT__RUN(c, entry, reads, writes, flops, bytes, ...)                                                 \
     do {                                                                                                     \
         if (!rt_begin((c)->rank, (c)->stream, #entry, reads, writes)) break;                                 \
@@ -636,7 +645,7 @@ static rt_block vit__residual_backward(const vit_context *c, rt_block dbranch, r
     return dbranch;
 }
 
-/* ------------------------------------------------------------------------------------------------ unit: embedding */
+/* ---------------------------------------------------------------------------------------- unit: embedding */
 
 typedef struct {
     rt_block patches;
@@ -683,7 +692,7 @@ static size_t vit__embedding_workspace(const vit_model *m, size_t B) {
     return w.used;
 }
 
-/* ---------------------------------------------------------------------------------------------------- unit: block */
+/* -------------------------------------------------------------------------------------------- unit: block */
 
 typedef struct {
     rt_block norm1, mean1, rstd1; /* [B, T, D], [B, T], [B, T] */
@@ -790,7 +799,7 @@ static size_t vit__block_workspace_bytes(const vit_model *m, size_t B) {
     return w.used;
 }
 
-/* ----------------------------------------------------------------------------------------------------- unit: head */
+/* --------------------------------------------------------------------------------------------- unit: head */
 
 typedef struct {
     rt_block norm, mean, rstd, probabilities;
@@ -847,7 +856,7 @@ static size_t vit__head_workspace(const vit_model *m, size_t B) {
     return w.used;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ models */
+/* ------------------------------------------------------------------------------------------------- models */
 
 /* What the three types of unit differ in. */
 typedef struct vit_unit_type {
@@ -961,7 +970,7 @@ void vit_model_free(vit_model *m) {
     *m = (vit_model){0};
 }
 
-/* ------------------------------------------------------------------------------------------------------- activations */
+/* -------------------------------------------------------------------------------------------- activations */
 
 int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *device, const vit_model *m,
                          size_t B) {
@@ -999,7 +1008,7 @@ void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *m)
     *a = (vit_activations){0};
 }
 
-/* ------------------------------------------------------------------------------------------------------- one replica */
+/* -------------------------------------------------------------------------------------------- one replica */
 
 static rt_block vit__replica_unit(const vit_replica *vit, rt_block flat, size_t u) {
     return rt_slice(flat, vit->offset[u], vit->model.unit[u].count);

@@ -3,8 +3,8 @@
  *     metrics_file log;
  *     if (metrics_open(&log, "runs/a/metrics.jsonl", &e)) ...
  *     cJSON *line = metrics_line("step");
- *     metrics_add(line, "train_loss", loss);                 // 9 significant digits: a float survives the round trip
- *     if (metrics_write(&log, line, &e)) ...                 // one line, flushed; frees it
+ *     metrics_add(line, "train_loss", loss);      // 9 significant digits: a float survives the round trip
+ *     if (metrics_write(&log, line, &e)) ...      // one line, flushed; frees it
  *     metrics_close(&log);
  */
 #ifndef IO_METRICS_H
@@ -14,7 +14,7 @@
 
 #include "io/json.h"
 
-/* ------------------------------------------------------------------------------------------------------- scores */
+/* ------------------------------------------------------------------------------------------------- scores */
 
 /* What an evaluation counts. Integers, so that sums over ranks do not depend on their order. */
 typedef struct score_counts {
@@ -41,8 +41,9 @@ typedef struct scores {
     double accuracy, top5_accuracy, precision, recall, f1; /* fractions; the last three macro averages */
 } scores;
 
-/* Precision, recall and F1 = 2 p r / (p + r) of each class, averaged over the classes that occur among the labels or the
- * predictions; 0 where nothing can be divided (scikit-learn's average="macro", zero_division=0). */
+/* Precision, recall and F1 = 2 p r / (p + r) of each class, averaged over the classes that occur among the
+ * labels or the predictions; 0 where nothing can be divided (scikit-learn's average="macro",
+ * zero_division=0). */
 static inline scores score_result(const score_counts *s, size_t classes) {
     scores r = {0};
     double present = 0, images = s->images ? (double)s->images : 1;
@@ -60,7 +61,7 @@ static inline scores score_result(const score_counts *s, size_t classes) {
     return r;
 }
 
-/* ------------------------------------------------------------------------------------------------- metrics.jsonl */
+/* ------------------------------------------------------------------------------------------ metrics.jsonl */
 
 typedef struct metrics_file {
     FILE *file;

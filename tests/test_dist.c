@@ -1,11 +1,11 @@
 /* test_dist.c - strategies, collectives, the schedule of collectives, and the ledger.
  *
- * The numbers have independent sources: collectives are compared with plain sums, strategies with each other (every
- * bit) and with one rank on the whole batch, the schedule and the ledger with tables written from the definitions of
- * data parallelism and of PyTorch's bucket rule. */
+ * The numbers have independent sources: collectives are compared with plain sums, strategies with each other
+ * (every bit) and with one rank on the whole batch, the schedule and the ledger with tables written from the
+ * definitions of data parallelism and of PyTorch's bucket rule. */
 #include "tests/world.h"
 
-/* ------------------------------------------------------------------------------------------------------- equality */
+/* ----------------------------------------------------------------------------------------------- equality */
 
 static void assert_same_bits(const training *a, const training *b) {
     assert_false(a->failed || b->failed);
@@ -101,7 +101,7 @@ static void not_finite_is_noticed(void **state) {
     training_free(t);
 }
 
-/* --------------------------------------------------------------------------------------------------- collectives */
+/* -------------------------------------------------------------------------------------------- collectives */
 
 typedef struct {
     dist_hub *hub;
@@ -244,7 +244,7 @@ static void ranks_may_run_ahead(void **state) {
     rt_world_free(&world);
 }
 
-/* ------------------------------------------------------------------------------------------- schedule and ledger */
+/* ------------------------------------------------------------------------------------ schedule and ledger */
 
 static size_t padded(const vit_model *m, size_t u, size_t n) {
     size_t count = 0; /* every tensor a multiple of 16, the unit a multiple of 16 n */
@@ -264,7 +264,7 @@ static size_t expect_call(const training *t, int r, size_t i, dist_op op, size_t
     return i + 1;
 }
 
-/* DDP: per step one all-reduce a bucket, from the head down, then the control; `every`: the buckets M times. */
+/* DDP: per step one all-reduce a bucket, from the head down, then the control; `every`: M times. */
 static void ddp_schedule(void **state) {
     (void)state;
     for (int n = 1; n <= MOST_RANKS; n++)
@@ -292,7 +292,8 @@ static void ddp_schedule(void **state) {
             }
 }
 
-/* DP: per step a broadcast of every unit, a reduce of every unit from the head down (`every`: M times), the control. */
+/* DP: per step a broadcast of every unit, a reduce of every unit from the head down (`every`: M times), the
+ * control. */
 static void dp_schedule(void **state) {
     (void)state;
     for (int n = 1; n <= 3; n++)
@@ -326,8 +327,8 @@ static void single_communicates_nothing_but_control(void **state) {
     training_free(t);
 }
 
-/* Bytes of parameters / gradients / optimizer: ddp 4P / 4P / 8P on every rank, dp 8P on the root alone, P with
- * padding; one slot of the largest unit more with accumulation. */
+/* Bytes of parameters / gradients / optimizer: ddp 4P / 4P / 8P on every rank, dp 8P on the root alone, P
+ * with padding; one slot of the largest unit more with accumulation. */
 static void ledger_matches_the_formulas(void **state) {
     (void)state;
     for (int n = 1; n <= MOST_RANKS; n++)
@@ -351,8 +352,8 @@ static void ledger_matches_the_formulas(void **state) {
             }
 }
 
-/* PyTorch's default rule (1 MiB first, then 25 MiB, append before the test) on ViT-B/16: the head is 3.1 MB, a block
- * 28.4 MB, so every unit closes its bucket. On Ti/16 a block is 1.78 MB: 15 of them pass 25 MiB. */
+/* PyTorch's default rule (1 MiB first, then 25 MiB, append before the test) on ViT-B/16: the head is 3.1 MB,
+ * a block 28.4 MB, so every unit closes its bucket. On Ti/16 a block is 1.78 MB: 15 of them pass 25 MiB. */
 static int buckets_body(rt_rank *rank, void *argument) {
     vit_model *m = argument;
     dist d = {.rank = rank, .model = m, .offset = calloc(m->units + 1, sizeof(size_t))};

@@ -1,5 +1,5 @@
-/* world.h - what the tests of dist.h share: a small odd-sized model, data by formula, and one call that trains it as
- * N ranks and brings back everything that must be equal. */
+/* world.h - what the tests of dist.h share: a small odd-sized model, data by formula, and one call that
+ * trains it as N ranks and brings back everything that must be equal. */
 #ifndef TEST_WORLD_H
 #define TEST_WORLD_H
 
@@ -18,8 +18,8 @@
 
 enum { MOST_RANKS = 5, MOST_CALLS = 4096 };
 
-/* AdamW divides by |g| + eps: a gradient that is 0 but for rounding (that of the keys' bias, to which softmax is blind)
- * would be scaled up to the learning rate. This eps lies well above the rounding noise of 1e-9. */
+/* AdamW divides by |g| + eps: a gradient that is 0 but for rounding (that of the keys' bias, to which softmax
+ * is blind) would be scaled up to the learning rate. This eps lies well above the rounding noise of 1e-9. */
 #define ADAM_EPS 1e-6
 
 /* One posted collective, as the observer saw it. */
