@@ -17,7 +17,8 @@ FUZZERS := options safetensors idx cifar
 
 .DEFAULT_GOAL := train
 .SECONDARY:
-.PHONY: demo test test-built test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format install clean
+.PHONY: demo test test-built test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format install
+.PHONY: clean
 
 # What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS. Goals that build nothing themselves do not ask.
 NO_PROBE := demo test fuzz test-sanitize bench-pytorch bench-gpu validate docs format clean
@@ -30,8 +31,9 @@ build/config.mk: scripts/probe.sh | build/
 %/:
 	@mkdir -p $@
 
-# ------------------------------------------------------------------------------------------------------- the program
-# Four flavours of everything: plain; asan (with UBSan); tsan, without OpenMP, whose library is not instrumented.
+# --------------------------------------------------------------------------------------------- the program
+# Three flavours of everything: plain; asan, with UBSan; tsan. The last two go without OpenMP, whose library
+# is not instrumented.
 
 LIBS         := -lcjson -lz -lm -lpthread
 plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS)
@@ -57,7 +59,7 @@ demo:
 	@rm -rf runs/demo
 	./train --nproc-per-node 2 --output-dir runs/demo
 
-# ------------------------------------------------------------------------------------------------------------- tests
+# --------------------------------------------------------------------------------------------------- tests
 
 test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST_TEST_SKIP_WAIT)
 define test_rule
@@ -71,7 +73,8 @@ $(foreach f,plain asan tsan,$(eval $(call test_rule,$(f))))
 build/plain/bench_cpu build/plain/mismatch: build/plain/%: tests/%.c build/plain/vit_cpu.o $(HEADERS)
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $< build/plain/vit_cpu.o -o $@ $(plain_LIBS)
 
-PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%) build/tsan/test_runtime build/tsan/test_dist
+PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%)
+PROGRAMS += build/tsan/test_runtime build/tsan/test_dist
 
 test:
 	@scripts/install.sh test
@@ -79,11 +82,12 @@ test:
 test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
-# The long ones: every test of ranks and of waits under ThreadSanitizer too, and the errors under both.
+# The long ones: every test under both.
+LONG := $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%)
 test-sanitize:
 	@scripts/install.sh test
-	@$(MAKE) --no-print-directory $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%) build/asan/train build/tsan/train
-	@tests/run.sh $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%)
+	@$(MAKE) --no-print-directory $(LONG)
+	@tests/run.sh $(LONG)
 
 build/fuzz/%: tests/fuzz_%.c $(HEADERS) | build/fuzz/
 	clang -g -O1 -std=gnu11 $(WARNINGS) -I. -fsanitize=fuzzer,address,undefined $< -o $@ -lcjson -lz -lm
@@ -100,7 +104,7 @@ bench: train build/plain/bench_cpu
 bench-pytorch bench-gpu validate docs:
 	@echo "make $@ is not built yet" >&2; exit 1
 
-# ------------------------------------------------------------------------------------------------------------ the rest
+# ------------------------------------------------------------------------------------------------ the rest
 
 format:
 	clang-format -i *.c *.h io/*.h data/*.h tests/*.c tests/*.h

@@ -15,7 +15,8 @@ missing=""
 for package in $packages; do
     # libclang-rt-14-dev is Debian 12's name for clang's run-time libraries; others bring them with clang
     case $package in libclang-rt-*) apt-cache show "$package" >/dev/null 2>&1 || continue ;; esac
-    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q "install ok installed" || missing="$missing $package"
+    status=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null || true)
+    [ "$status" = "install ok installed" ] || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0
 

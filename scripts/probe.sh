@@ -14,27 +14,45 @@ try() {
 
 row() { printf '  %-14s %-10s %s\n' "$1" "$2" "$3"; }
 
-: >"$output"
+# need NAME HEADER FLAGS USE PACKAGE: a row for what the program cannot do without
 missing=""
+need() {
+    if try "$2" "$3"; then row "$1" found "$4"
+    else
+        row "$1" "NOT FOUND" "required: $5"
+        missing=1
+    fi
+}
+
+: >"$output"
 echo "what this machine has:"
-if try omp.h -fopenmp; then row OpenMP found "threads inside a rank"; echo "OPENMP := -fopenmp" >>"$output"
-else row OpenMP "not found" "one thread a rank"; fi
-if try cjson/cJSON.h -lcjson; then row cJSON found "configuration files"; else row cJSON "NOT FOUND" "required: libcjson-dev"; missing=1; fi
-if try zlib.h -lz; then row zlib found "MNIST in gzip"; else row zlib "NOT FOUND" "required: zlib1g-dev"; missing=1; fi
-blas=""
-for candidate in "-lopenblas" "-I/usr/include/openblas -lopenblas"; do
-    [ -z "$blas" ] && try cblas.h "$candidate" && blas=$candidate
-done
-if [ -n "$blas" ]; then
+if try omp.h -fopenmp; then
+    row OpenMP found "threads inside a rank"
+    echo "OPENMP := -fopenmp" >>"$output"
+else
+    row OpenMP "not found" "one thread a rank"
+fi
+need cJSON cjson/cJSON.h -lcjson "configuration files" libcjson-dev
+need zlib zlib.h -lz "MNIST in gzip" zlib1g-dev
+if try cblas.h -lopenblas; then
     row OpenBLAS found "a second matrix product (--matmul openblas)"
-    echo "BLAS_CFLAGS := -DHAVE_OPENBLAS ${blas% *}" | sed 's/ -lopenblas$//' >>"$output"
-    echo "BLAS_LIBS := -lopenblas" >>"$output"
-else row OpenBLAS "not found" "--matmul own only"; fi
+    printf 'BLAS_CFLAGS := -DHAVE_OPENBLAS\nBLAS_LIBS := -lopenblas\n' >>"$output"
+else
+    row OpenBLAS "not found" "--matmul own only"
+fi
 cuda=${CUDA_HOME:-/usr/local/cuda}
-if [ -x "$cuda/bin/nvcc" ] || command -v nvcc >/dev/null; then row CUDA found "nothing yet: --device cuda is not built yet"
-else row CUDA "not found" "--device cuda is not built yet"; fi
-if try nccl.h "-I$cuda/include -L$cuda/lib64 -lnccl"; then row NCCL found "nothing yet: --backend nccl is not built yet"
-else row NCCL "not found" "--backend nccl is not built yet"; fi
-if command -v mpicc >/dev/null; then row MPI found "nothing yet: --backend mpi is not built yet"
-else row MPI "not found" "--backend mpi is not built yet"; fi
-[ -z "$missing" ] || { echo "required libraries are missing; scripts/install.sh build installs them" >&2; rm -f "$output"; exit 1; }
+found="not found"
+if [ -x "$cuda/bin/nvcc" ] || command -v nvcc >/dev/null; then found=found; fi
+row CUDA "$found" "--device cuda is not built yet"
+found="not found"
+if try nccl.h "-I$cuda/include -L$cuda/lib64 -lnccl"; then found=found; fi
+row NCCL "$found" "--backend nccl is not built yet"
+found="not found"
+if command -v mpicc >/dev/null; then found=found; fi
+row MPI "$found" "--backend mpi is not built yet"
+
+if [ -n "$missing" ]; then
+    echo "required libraries are missing; scripts/install.sh build installs them" >&2
+    rm -f "$output"
+    exit 1
+fi

@@ -1,30 +1,29 @@
 #!/bin/sh
-# Two rank threads (ddp) against one process with two threads, the same global batch, in turn: prints the step time of
-# each round and the median of the ratios. tests/bench_ranks.sh [ROUNDS] [train options for both]
+# Two rank threads (ddp) against one process with two threads, the same global batch, in turn: prints the
+# median step time of each run and the median of the ratios.
+#   tests/bench_ranks.sh [ROUNDS [MODEL [GLOBAL_BATCH [STEPS]]]]
 set -eu
-rounds=${1:-9}
-[ $# -gt 0 ] && shift
+rounds=${1:-9} model=${2:-vit_tiny_patch16_224} batch=${3:-8} steps=${4:-9}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-options=${*:-"--dataset synthetic --model vit_tiny_patch16_224 --limit-train 80 --limit-val 8 --batch-size 8 --max-steps 9"}
 
-# The median step time of a run, without its first two steps; the batch size is that of all ranks.
+# run RANKS THREADS: the median step time, without the first two steps
 run() {
-    name=$1 ranks=$2 threads=$3
-    batch=$(echo "$options" | sed -n 's/.*--batch-size \([0-9]*\).*/\1/p')
     rm -rf "$work/out"
-    # shellcheck disable=SC2086
-    ./train $options --batch-size $((batch / ranks)) --nproc-per-node "$ranks" --threads-per-rank "$threads" --quiet \
-        --output-dir "$work/out" >/dev/null
-    sed -n 's/.*"event":"step".*"step_time_s":\([0-9.e+-]*\),.*/\1/p' "$work/out/metrics.jsonl" | tail -n +3 | sort -g |
-        awk '{ t[NR] = $1 } END { print t[int((NR + 1) / 2)] }'
+    ./train --dataset synthetic --model "$model" --limit-train $((batch * 10)) --limit-val "$batch" \
+        --batch-size $((batch / $1)) --max-steps "$steps" --nproc-per-node "$1" --threads-per-rank "$2" \
+        --checkpoint-interval 1000 --quiet --output-dir "$work/out" >/dev/null
+    sed -n 's/.*"event":"step".*"step_time_s":\([0-9.e+-]*\),.*/\1/p' "$work/out/metrics.jsonl" |
+        tail -n +3 | sort -g | awk '{ t[NR] = $1 } END { print t[int((NR + 1) / 2)] }'
 }
 
-echo "step time, $options"
-for i in $(seq "$rounds"); do
-    one=$(run single 1 2)
-    two=$(run ddp 2 1)
-    echo "$one $two" | awk '{ printf "  1 process x 2 threads %.4f s   2 ranks x 1 thread %.4f s   ratio %.3f\n", $1, $2, $2 / $1 }'
+echo "step time of $model, global batch $batch"
+for _ in $(seq "$rounds"); do
+    one=$(run 1 2)
+    two=$(run 2 1)
+    echo "$one $two" |
+        awk '{ printf "  1 x 2 threads %.4f s   2 ranks %.4f s   ratio %.3f\n", $1, $2, $2 / $1 }'
     echo "$one $two" | awk '{ print $2 / $1 }' >>"$work/ratios"
 done
-sort -g "$work/ratios" | awk '{ r[NR] = $1 } END { printf "median ratio of %d rounds: %.3f (%.3f to %.3f)\n", NR, r[int((NR + 1) / 2)], r[1], r[NR] }'
+sort -g "$work/ratios" | awk '{ r[NR] = $1 } END {
+    printf "median ratio of %d rounds: %.3f (%.3f to %.3f)\n", NR, r[int((NR + 1) / 2)], r[1], r[NR] }'

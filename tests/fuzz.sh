@@ -9,7 +9,8 @@ for name in "$@"; do
     corpus=build/fuzz/corpus-$name
     mkdir -p "$corpus"
     build/fuzz/"$name" --make-corpus "$corpus" >/dev/null
-    if build/fuzz/"$name" -max_total_time="$seconds" -max_len=20000 -artifact_prefix=build/fuzz/finding-"$name"- "$corpus" >build/fuzz/"$name".log 2>&1; then
+    if build/fuzz/"$name" -max_total_time="$seconds" -max_len=20000 \
+        -artifact_prefix=build/fuzz/finding-"$name"- "$corpus" >build/fuzz/"$name".log 2>&1; then
         echo "fuzz $name: $seconds s, no finding, $(grep -a accepted build/fuzz/"$name".log | tail -1)"
     else
         echo "fuzz $name: a finding, see build/fuzz/$name.log" >&2

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Runs test programs and shell tests, shows what failed, and ends with "N passed, N failed, N skipped".
 #   tests/run.sh PROGRAM... SCRIPT.sh...
-# A program is a cmocka test (it prints [  PASSED  ] and so on); a script prints ok, not ok or skip before each name.
+# A program is a cmocka test (it prints [  PASSED  ] and so on); a script prints ok, not ok or skip before
+# each name.
 set -u
 export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000 # ranks are threads: they must not spin on busy cores
 export UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
@@ -10,7 +11,9 @@ trap 'rm -f "$log"' EXIT
 passed=0 failed=0 skipped=0
 
 # count WORD: the sum of the numbers in cmocka's closing lines "[  WORD  ] N test(s)".
-count() { sed -n "s/^\[ *$1 *\] \([0-9][0-9]*\) test(s).*/\1/p" "$log" | awk '{ n += $1 } END { print n + 0 }'; }
+count() {
+    sed -n "s/^\[ *$1 *\] \([0-9][0-9]*\) test(s).*/\1/p" "$log" | awk '{ n += $1 } END { print n + 0 }'
+}
 
 for test in "$@"; do
     begin=$(date +%s)
