@@ -608,6 +608,12 @@ static rt_block dist__units(const dist *d, rt_block flat, size_t first, size_t l
     return b;
 }
 
+/* Posts a collective from root 0 on the communication stream. */
+static void dist__collective(dist *d, dist_op op, rt_block in, rt_block out, const char *unit, rt_event *wait,
+                             rt_event *done) {
+    dist_post(d->comm, &(dist_call){op, in, out, 0, unit, RT_COMMUNICATION, wait, done});
+}
+
 /* Cuts the chain into buckets, from the head down, as backward makes gradients ready. PyTorch's rule: a unit
  * is added first, then the bucket closes if it has reached the limit; the first bucket closes at 1 MiB, so
  * that communication begins early (torch/csrc/distributed/c10d/reducer.cpp). */
@@ -698,13 +704,8 @@ static void dist__reduce_gradient(dist *d, size_t u, dist_op op) {
         reduced = &d->slot_reduced[slot];
     }
     rt_record(d->rank, RT_COMPUTE, &b->ready);
-    dist_post(d->comm, &(dist_call){.op = op,
-                                    .in = g,
-                                    .out = op == DIST_REDUCE && d->comm->index ? (rt_block){0} : g,
-                                    .unit = d->model->unit[u].name,
-                                    .stream = RT_COMMUNICATION,
-                                    .wait = &b->ready,
-                                    .done = reduced});
+    rt_block out = op == DIST_REDUCE && d->comm->index ? (rt_block){0} : g;
+    dist__collective(d, op, g, out, d->model->unit[u].name, &b->ready, reduced);
 }
 
 /* After the last micro-batch: the gradient is complete for the compute stream. */
@@ -733,13 +734,7 @@ static void dist__update(dist *d) {
             ready = &d->control_ready;
         }
     if (ready) rt_record(d->rank, RT_COMPUTE, ready);
-    dist_post(d->comm, &(dist_call){.op = DIST_CONTROL,
-                                    .in = d->control,
-                                    .out = d->control,
-                                    .unit = "step",
-                                    .stream = RT_COMMUNICATION,
-                                    .wait = ready,
-                                    .done = &d->control_done});
+    dist__collective(d, DIST_CONTROL, d->control, d->control, "step", ready, &d->control_done);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
     for (size_t u = 0; u < d->model->units; u++) {
@@ -810,13 +805,9 @@ static rt_block dp_pre_forward(dist *d, size_t u) {
         if (u == 0 && root) dist__wait(d->comm, RT_COMMUNICATION, &d->stepped);
         for (size_t v = 0; u == 0 && v < d->model->units;
              v++) { /* all at once: the later ones travel while units run */
-            rt_block p = dist__unit(d, d->params, v);
-            dist_post(d->comm, &(dist_call){.op = DIST_BROADCAST,
-                                            .in = root ? p : (rt_block){0},
-                                            .out = root ? (rt_block){0} : p,
-                                            .unit = d->model->unit[v].name,
-                                            .stream = RT_COMMUNICATION,
-                                            .done = &d->arrived[v]});
+            rt_block p = dist__unit(d, d->params, v), none = {0};
+            dist__collective(d, DIST_BROADCAST, root ? p : none, root ? none : p, d->model->unit[v].name,
+                             NULL, &d->arrived[v]);
         }
         if (!root) dist__wait(d->comm, RT_COMPUTE, &d->arrived[u]);
         if (u + 1 == d->model->units) d->stale = 0;
@@ -1027,13 +1018,7 @@ void dist_sum(dist *d, int64_t *values, size_t n) {
     rt_block block = rt_slice(d->counts, 0, n);
     vit_copy_in(&d->context, block, values);
     rt_record(d->rank, RT_COMPUTE, &d->counts_ready);
-    dist_post(d->comm, &(dist_call){.op = DIST_CONTROL,
-                                    .in = block,
-                                    .out = block,
-                                    .unit = "counts",
-                                    .stream = RT_COMMUNICATION,
-                                    .wait = &d->counts_ready,
-                                    .done = &d->counts_done});
+    dist__collective(d, DIST_CONTROL, block, block, "counts", &d->counts_ready, &d->counts_done);
     dist__wait(d->comm, RT_COMPUTE, &d->counts_done);
     vit_copy_out(&d->context, values, block);
     d->comm->traffic[DIST_CONTROL] = traffic;
