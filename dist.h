@@ -118,6 +118,7 @@ void dist_hub_free(dist_hub *hub);
 
 /* This rank's communicator of all ranks of its world, through the hub. The device must be open. */
 int dist_comm_open(dist_comm *comm, dist_hub *hub, rt_rank *rank, const vit_device *device);
+/* What was posted through it must be complete, unless the world has failed. */
 void dist_comm_close(dist_comm *comm);
 
 /* --------------------------------------------------------------------------------------------- strategies */
@@ -326,9 +327,9 @@ void dist_group_end(dist_comm *comm) {
 
 enum { DIST_RING = 16 }; /* launches of one communicator that may be under way; a rank further ahead blocks */
 
-/* What one rank brought to a meeting. */
+/* What one rank brought to a meeting. Its communicator may be closed by now. */
 typedef struct {
-    dist_comm *comm;
+    rt_rank *rank;
     dist_call call[DIST_GROUP];
     size_t calls;
     double ready;
@@ -341,7 +342,7 @@ typedef struct {
     int from, to;
     uint64_t sequence;
     int arrived, first; /* how many; which rank was first */
-    dist__part *part;   /* [size]; comm NULL: not there yet */
+    dist__part *part;   /* [size]; rank NULL: not there yet */
 } dist__meeting;
 
 struct dist_hub {
@@ -387,7 +388,7 @@ static int dist__expected(const dist_hub *hub, const dist__meeting *m) { return 
 
 /* A rank that has returned can no longer come to the meetings that wait for it. */
 static void dist__check_left(dist_hub *hub, dist__meeting *m, rt_rank *rank) {
-    if (!m->open || !dist__expects(m, rank->rank) || m->part[rank->rank].comm) return;
+    if (!m->open || !dist__expects(m, rank->rank) || m->part[rank->rank].rank) return;
     const dist_call *c = &m->part[m->first].call[0];
     rt_fail_with_table(rank, "rank %d left while rank %d waits for it in %s %llu (%s)", rank->rank, m->first,
                        dist_op_name(c->op), (unsigned long long)m->sequence, c->unit);
@@ -430,9 +431,9 @@ static dist__meeting *dist__meet(dist_hub *hub, dist_comm *comm, const dist_call
     }
 }
 
-static rt_note dist__note(const dist__part *p, size_t call) {
+static rt_note dist__note(const char *communicator, const dist__part *p, size_t call) {
     const dist_call *c = &p->call[call];
-    return (rt_note){p->comm->name, dist_op_name(c->op), c->unit, p->sequence, dist__elements(c)};
+    return (rt_note){communicator, dist_op_name(c->op), c->unit, p->sequence, dist__elements(c)};
 }
 
 /* What two ranks disagree on, and in which call of the launch; NULL: they agree. */
@@ -504,7 +505,8 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         pair ? &comm->pair_sequence[2 * calls[0].peer + (calls[0].op == DIST_RECV)] : &comm->sequence;
     pthread_mutex_lock(&rank->world->lock);
     dist__meeting *m = NULL;
-    int ready = 1;
+    /* asked again under the lock: after a failure the others leave, and take along what they brought */
+    int ready = !rt_failed(rank);
     for (size_t i = 0; ready && i < n; i++) { /* an event that is used again must have been signalled */
         rt_event *done = calls[i].done ? calls[i].done : &comm->own_done;
         ready = !done->recorded || done->done || !rt_block_until(rank, &done->done);
@@ -515,7 +517,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         return;
     }
     dist__part *part = &m->part[comm->index];
-    *part = (dist__part){.comm = comm, .calls = n, .sequence = (*counter)++};
+    *part = (dist__part){.rank = rank, .calls = n, .sequence = (*counter)++};
     part->ready = s->time > rank->stream[RT_HOST].time ? s->time : rank->stream[RT_HOST].time;
     for (size_t i = 0; i < n; i++) {
         part->call[i] = calls[i];
@@ -526,14 +528,14 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         done->done = 0;
         s->tail = comm->last = done;
     }
-    rank->last = dist__note(part, 0);
+    rank->last = dist__note(comm->name, part, 0);
     const dist__part *first = &m->part[m->first];
     size_t at = 0;
     const char *difference = dist__difference(m, first, part, &at);
     if (difference) {
         for (int r = 0; r < hub->size;
              r++) /* show what each brought to this meeting, not what it posted since */
-            if (m->part[r].comm) m->part[r].comm->rank->last = dist__note(&m->part[r], at);
+            if (m->part[r].rank) m->part[r].rank->last = dist__note(comm->name, &m->part[r], at);
         const dist_call *x = &first->call[at], *y = &calls[at];
         rt_fail_with_table(rank,
                            "ranks %d and %d disagree on the %s of launch %llu of communicator %s: %s of %zu "
@@ -556,7 +558,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         rank->world->executing--;
         double begin = hub->last_end;
         for (int r = 0; r < hub->size; r++)
-            if (m->part[r].comm && begin < m->part[r].ready) begin = m->part[r].ready;
+            if (m->part[r].rank && begin < m->part[r].ready) begin = m->part[r].ready;
         hub->last_end = begin + seconds;
         for (int r = 0; r < hub->size; r++)
             for (size_t i = 0; i < m->part[r].calls; i++) {

@@ -876,7 +876,9 @@ int main(int argc, char **argv) {
         status = 1, error_set(&e, "stdout: cannot be written: %s", strerror(errno));
     for (char *c = e.text; *c; c++) /* names from outside may hold line ends: one line */
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    if (status) fprintf(stderr, "train: error: %s\n%s", e.text, table ? table : "");
+    if (status) /* on a terminal: in place of a progress line */
+        fprintf(stderr, "%strain: error: %s\n%s", isatty(STDERR_FILENO) ? "\r\033[K" : "", e.text,
+                table ? table : "");
     dataset_free(&r->train);
     dataset_free(&r->val);
     model_source_close(&r->source);

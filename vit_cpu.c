@@ -1,18 +1,21 @@
 /* vit_cpu.c - the CPU device: every operation of vit.h's table, in fp32, on the threads of one rank.
  *
  *     cc -O3 -march=native -mprefer-vector-width=512 -std=gnu11 -fno-math-errno -fno-trapping-math -fopenmp \
- *        -c vit_cpu.c                       add -DHAVE_OPENBLAS, and -lopenblas when linking, to offer OpenBLAS
+ *        -c vit_cpu.c
  *
- * Contents: ranks and memory, exp, softmax and GELU, the matrix product, linear, layernorm, attention, the other layers, loss,
- * optimizers and gradient norm, vector arithmetic, the table.
+ * and with -DHAVE_OPENBLAS (-lopenblas for the linker) OpenBLAS's matrix product beside our own.
  *
- * Results do not depend on the number of threads (matrix products by OpenBLAS excepted): threads share out elements,
- * rows or tiles, each of which is computed in one way; where rows are summed up (biases, LayerNorm's parameters,
- * positions), the sum goes through chunks of rows that depend on the shape alone, added in order. So no reduction
- * over threads, and no loop whose vectorised part and remainder a thread boundary could shift.
+ * Contents: ranks and memory; exp, softmax, GELU; the matrix product; linear; layernorm; attention; the other
+ * layers; loss; optimizers and gradient norm; vector arithmetic; the table.
  *
- * What it leaves out: other types than fp32, NUMA placement, head by head parallelism below one image and head.
- * Without -fopenmp it is correct on one thread.
+ * Results do not depend on the number of threads (products by OpenBLAS excepted). Threads share out elements,
+ * rows or tiles, each of which is computed in one way. Where rows are summed up (biases, parameters of
+ * LayerNorm, positions), the sums go through chunks of rows that follow from the shape alone and are added in
+ * order. Flat runs are cut into blocks of fixed length, lest a thread's boundary move elements from a
+ * vectorised loop to its remainder.
+ *
+ * What it leaves out: types other than fp32, several threads for one image and head, placement of memory on
+ * sockets. It is correct without -fopenmp, on one thread.
  */
 #define _GNU_SOURCE
 #include "vit.h"
@@ -31,12 +34,11 @@
 static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_get_num_threads(void) { return 1; }
 #endif
-
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* an entry of the table takes what any device may need */
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* ---------------------------------------------------------------------------------------------- ranks and memory */
+/* --------------------------------------------------------------------------------------- ranks and memory */
 
 typedef struct {
     vit_matmul matmul; /* VIT_MATMUL_OWN or VIT_MATMUL_OPENBLAS */
@@ -45,31 +47,33 @@ typedef struct {
     size_t scratch_count;
 } cpu_state;
 
-enum { ROWS = 64, BLOCK = 4096 }; /* rows or elements that are never split between threads */
+enum { BLOCK = 4096, ROWS = 64 }; /* elements of a flat run, and rows of a sum, that stay with one thread */
 
 static inline size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+static inline float *floats(rt_block block) { return block.data; }
 
 /* Threads for an operation that takes one thread about so long: waking the others costs microseconds. */
 static int team(const rt_rank *rank, double nanoseconds) { return nanoseconds < 20e3 ? 1 : rank->threads; }
 
 static void *allocate(rt_rank *rank, size_t bytes) {
-    const size_t page = (size_t)2 << 20, alignment = bytes < 2 * page ? 64 : page;
-    if (bytes > SIZE_MAX - page) return NULL;
+    const size_t huge_page = (size_t)2 << 20, alignment = bytes < 2 * huge_page ? 64 : huge_page;
+    if (bytes > SIZE_MAX - huge_page) return NULL;
     bytes = round_up(bytes, alignment);
     void *memory = aligned_alloc(alignment, bytes);
     if (!memory) return NULL;
-    if (alignment == page) madvise(memory, bytes, MADV_HUGEPAGE); /* advice: no harm where it is not taken */
+    if (alignment == huge_page)
+        madvise(memory, bytes, MADV_HUGEPAGE); /* where it is not taken, no harm is done */
     return memset(memory, 0, bytes);
 }
 
 static void release(rt_rank *rank, void *memory, size_t bytes) { free(memory); }
 
-/* Scratch memory for one operation: `shared` floats and, behind them, `each` for every thread. It grows during the
- * first step and then stays. NULL and a failed world: no more memory. */
+/* Scratch memory for one operation: `shared` floats and, behind them, `each` for every thread. It grows
+ * during the first step and then stays. NULL and a failed world: there is no more memory. */
 static float *scratch(rt_rank *rank, size_t shared, size_t each) {
     cpu_state *state = rank->device;
-    size_t count = shared + each * (size_t)rank->threads;
+    const size_t count = shared + each * (size_t)rank->threads;
     if (count > state->scratch_count) {
         free(state->scratch);
         state->scratch = allocate(rank, count * sizeof(float));
@@ -88,21 +92,17 @@ static void copy_out(rt_stream *s, void *to, rt_block from) {
     memcpy(to, from.data, from.count * rt_type_size(from.type));
 }
 
-/* ------------------------------------------------------------------------------------------------- exp, softmax, GELU */
+/* ------------------------------------------------------------------------------------- exp, softmax, GELU */
 
-/* Scalar functions without branches, which vectorise in `omp simd` loops. */
+/* Scalar functions without branches vectorise in `omp simd` loops. The polynomials are minimax fits. */
 
-/* exp(x) for x <= 0, relative error below 1.3e-7; 0 below -87. x = n ln 2 + r, |r| <= ln 2 / 2; the polynomial is a
- * minimax fit of relative error 3e-9. Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+/* exp(x) for x <= 0, relative error below 9e-8; 0 below -87. x = n ln 2 + r with |r| <= ln 2 / 2, and a
+ * polynomial for exp(r). Adding 1.5 * 2^23 rounds to an integer, which then stands in the lowest bits. */
 INLINE float exp_negative(float x) {
-    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 0.001381446246f;
-    p = p * r + 0.008368780898f;
-    p = p * r + 0.04166839431f;
-    p = p * r + 0.166665201f;
-    p = p * r + 0.4999999341f;
-    p = p * (r * r) + r + 1;
+    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first of few bits */
+    float p = ((0.001381446246f * r + 0.008368780898f) * r + 0.04166839431f) * r + 0.166665201f;
+    p = (p * r + 0.4999999341f) * (r * r) + r + 1;
     uint32_t bits;
     float power;
     memcpy(&bits, &shifted, sizeof bits);
@@ -111,50 +111,12 @@ INLINE float exp_negative(float x) {
     return x < -87 ? 0 : p * power;
 }
 
-/* The standard normal distribution function Phi(x), absolute error below 7.5e-8, and *e = exp(-x^2/2). Where |x| < 1: x
- * times a polynomial in x^2. Outside: Phi(-t) = e R(t), where R(t) = exp(t^2/2) erfc(t / sqrt 2) / 2 decays slowly and is
- * well met by a rational function. Minimax fits: 1e-10 absolute, and 6e-8 relative for R as far as e is not 0. */
-INLINE float normal_distribution(float x, float *e) {
-    float t = fabsf(x), x2 = x * x;
-    t = t > 16 ? 16 : t; /* the tail is 0 there; t^3 must not overflow */
-    *e = exp_negative(-0.5f * x2);
-    float a = -7.530324406e-6f;
-    a = a * x2 + 1.131436991e-4f;
-    a = a * x2 - 1.185984754e-3f;
-    a = a * x2 + 9.973170956e-3f;
-    a = a * x2 - 0.06649033235f;
-    a = a * x2 + 0.3989422787f;
-    float p = 0.02219589782f;
-    p = p * t + 0.136755331f;
-    p = p * t + 0.3891186407f;
-    p = p * t + 0.499891735f;
-    float q = 0.05563928779f;
-    q = q * t + 0.3426875073f;
-    q = q * t + 1.03301269f;
-    q = q * t + 1.574962418f;
-    q = q * t + 1;
-    float tail = *e * (p / q), near = x * a + 0.5f, far = x < 0 ? tail : 1 - tail;
-    return t < 1 ? near : far;
-}
-
-/* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2 */
-INLINE float gelu(float x) {
-    float e;
-    return x * normal_distribution(x, &e);
-}
-
-/* Phi(x) + x exp(-x^2/2) / sqrt(2 pi) */
-INLINE float gelu_derivative(float x) {
-    float e, phi = normal_distribution(x, &e);
-    return phi + x * e * 0.398942280f;
-}
-
 /* The largest of x [n], in lanes: compilers take no reduction by maximum where there may be NaNs. */
 static float largest(const float *x, size_t n) {
     enum { LANES = 16 };
     float lane[LANES];
-    size_t j = 0;
     for (size_t l = 0; l < LANES; l++) lane[l] = x[0];
+    size_t j = 0;
     for (; j + LANES <= n; j += LANES)
 #pragma omp simd
         for (size_t l = 0; l < LANES; l++) lane[l] = x[j + l] > lane[l] ? x[j + l] : lane[l];
@@ -163,8 +125,9 @@ static float largest(const float *x, size_t n) {
     return lane[0];
 }
 
-/* x [n] = softmax(scale * x) = exp(scale * (x - largest)) / sum; returns that sum. */
-static float softmax(float *x, size_t n, float scale) {
+/* x [n] = softmax(scale * x) = exp(scale * (x - largest)) / sum; returns that sum. (clang 14 does not
+ * vectorise it where it is inlined.) */
+static __attribute__((noinline)) float softmax(float *x, size_t n, float scale) {
     const float most = largest(x, n);
     float sum = 0;
 #pragma omp simd
@@ -177,32 +140,62 @@ static float softmax(float *x, size_t n, float scale) {
     return sum;
 }
 
-/* -------------------------------------------------------------------------------------------- the matrix product */
+/* The standard normal distribution function Phi(x), absolute error below 7e-8, and *e = exp(-x^2/2). Where
+ * |x| < 1: 1/2 plus x times a polynomial in x^2. Outside: Phi(-t) = e R(t), where R(t) = exp(t^2/2) erfc(t /
+ * sqrt 2) / 2 decays slowly and is well met by a rational function, to 6e-8 relative as far as e is not 0. */
+INLINE float normal_distribution(float x, float *e) {
+    const float x2 = x * x;
+    float t = fabsf(x);
+    t = t > 16 ? 16 : t; /* e is 0 there; powers of t must not overflow */
+    *e = exp_negative(-0.5f * x2);
+    float a = ((-7.530324406e-6f * x2 + 1.131436991e-4f) * x2 - 1.185984754e-3f) * x2 + 9.973170956e-3f;
+    a = (a * x2 - 0.06649033235f) * x2 + 0.3989422787f;
+    const float p = ((0.02219589782f * t + 0.136755331f) * t + 0.3891186407f) * t + 0.499891735f;
+    const float q = (((0.05563928779f * t + 0.3426875073f) * t + 1.03301269f) * t + 1.574962418f) * t + 1;
+    const float tail = *e * (p / q), near = x * a + 0.5f, far = x < 0 ? tail : 1 - tail;
+    return t < 1 ? near : far;
+}
 
-/* C [M, N] = A [M, K] B [K, N], of which either operand may lie transposed, so that one function serves the forward
- * pass (x w^T), the gradient of its input (dy w) and that of its weights (dy^T x). The method is Goto's (K. Goto, R. van
- * de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008): B is packed into panels of a few columns, and a
- * micro-kernel keeps a tile of C in registers while it runs along K. Each element of C is one chain of additions over a
- * block of K, the blocks being added in order; the blocks depend on K alone. */
+/* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2 */
+INLINE float gelu(float x) {
+    float e;
+    return x * normal_distribution(x, &e);
+}
 
-/* VL floats a vector; a tile of C has MR rows and NV vectors. LOW and HIGH interleave the halves of two vectors. */
+/* Phi(x) + x exp(-x^2/2) / sqrt(2 pi) */
+INLINE float gelu_derivative(float x) {
+    float e;
+    const float phi = normal_distribution(x, &e);
+    return phi + x * e * 0.398942280f;
+}
+
+/* ------------------------------------------------------------------------------------- the matrix product */
+
+/* C [M, N] = A [M, K] B [K, N], of which either operand may lie transposed, so that one function serves the
+ * forward pass (x w^T), the gradient of its input (dy w) and that of its weights (dy^T x). The method is
+ * Goto's (K. Goto, R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008): B is packed
+ * into panels of a few columns, and a kernel keeps a tile of C in registers while it runs along K. Each
+ * element of C is one chain of additions over a block of K, and the blocks, which depend on K alone, are
+ * added in order. */
+
+/* VL floats a vector; a tile of C has MR rows of NV vectors. LOW and HIGH interleave two vectors' halves. */
 #if defined(__AVX512F__)
-enum { VL = 16, MR = 14, NV = 2 };
+enum { VL = 16, MR = 14, NV = 2, OWN_IS_FASTEST = 1 };
 #define LOW      0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define HIGH     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #define OWN_NAME "own product, AVX-512 14x32"
 #elif defined(__AVX2__) && defined(__FMA__)
-enum { VL = 8, MR = 6, NV = 2 };
+enum { VL = 8, MR = 6, NV = 2, OWN_IS_FASTEST = 0 };
 #define LOW      0, 8, 1, 9, 2, 10, 3, 11
 #define HIGH     4, 12, 5, 13, 6, 14, 7, 15
 #define OWN_NAME "own product, AVX2 6x16"
 #else
-enum { VL = 4, MR = 6, NV = 2 };
+enum { VL = 4, MR = 6, NV = 2, OWN_IS_FASTEST = 0 };
 #define LOW      0, 4, 1, 5
 #define HIGH     2, 6, 3, 7
 #define OWN_NAME "own product, vectors of 4, 6x8"
 #endif
-enum { NR = NV * VL, MC = 10 * MR }; /* rows of A that are packed at a time */
+enum { NR = NV * VL, MR_HALF = MR / 2 };
 
 typedef float vec __attribute__((vector_size(VL * sizeof(float)), aligned(4), may_alias));
 
@@ -231,22 +224,23 @@ INLINE matrix part(matrix m, size_t i, size_t j) {
     return m;
 }
 
-/* c [rows, vecs * VL] (+)= a [rows, K] b [K, vecs * VL], with rows, vecs and a.transposed known when compiled. */
+/* c [rows, vecs * VL] (+)= a [rows, K] b [K, vecs * VL], with rows, vecs and a.transposed known when
+ * compiled. An x86 address reaches one or two strides beyond a pointer: every third row of a has its own. */
 INLINE void kernel(const size_t rows, const size_t vecs, size_t K, matrix a, const float *b, float *c,
                    size_t ldc, int accumulate) {
+    const size_t down = a.transposed ? 1 : a.ld, along = a.transposed ? a.ld : 1;
+    const float *row[(MR + 2) / 3];
     vec sum[MR][NV];
-    const float
-        *base[(MR + 2) / 3]; /* every third row: an address of x86 reaches one or two strides further */
     UNROLL for (size_t i = 0; i < rows; i++) UNROLL for (size_t v = 0; v < vecs; v++) sum[i][v] = (vec){0};
-    UNROLL for (size_t i = 0; i < (rows + 2) / 3; i++) base[i] = a.at + 3 * i * (a.transposed ? 1 : a.ld);
+    UNROLL for (size_t i = 0; i < rows; i += 3) row[i / 3] = a.at + i * down;
     for (size_t k = 0; k < K; k++, b += vecs * VL) {
         vec bk[NV];
         UNROLL for (size_t v = 0; v < vecs; v++) bk[v] = *(const vec *)(b + v * VL);
         UNROLL for (size_t i = 0; i < rows; i++) {
-            const float aik = base[i / 3][i % 3 * (a.transposed ? 1 : a.ld)];
+            const float aik = row[i / 3][i % 3 * down];
             UNROLL for (size_t v = 0; v < vecs; v++) sum[i][v] += aik * bk[v];
         }
-        UNROLL for (size_t i = 0; i < (rows + 2) / 3; i++) base[i] += a.transposed ? a.ld : 1;
+        UNROLL for (size_t i = 0; i < rows; i += 3) row[i / 3] += along;
     }
     UNROLL for (size_t i = 0; i < rows; i++) UNROLL for (size_t v = 0; v < vecs; v++) {
         vec *to = (vec *)(c + i * ldc + v * VL);
@@ -265,28 +259,38 @@ INLINE void kernel(const size_t rows, const size_t vecs, size_t K, matrix a, con
         if (vecs == NV && !a.transposed) kernel(rows, NV, K, n, b, c, ldc, accumulate);                      \
     }
 KERNEL(MR)
-enum { MR_HALF = MR / 2 };
 KERNEL(MR_HALF)
 KERNEL(1)
 
 /* Columns in which a panel of `cols` columns of B is packed. */
 static inline size_t panel_width(size_t cols) { return cols > VL ? NR : VL; }
 
-/* c [rows <= MR, cols <= NR] (+)= a [rows, K] times a packed panel: by a whole tile, half a tile and single rows. */
+/* c [rows <= MR, cols <= NR] (+)= a [rows, K] times a packed panel: by whole or half tile and single rows. */
 static void tile(size_t rows, size_t cols, size_t K, matrix a, const float *b, float *c, size_t ldc,
                  int accumulate) {
     const size_t width = panel_width(cols), vecs = width / VL;
-    float edge[MR * NR];
-    float *to = cols == width ? c : edge;
-    size_t ld = cols == width ? ldc : width;
+    float edge[MR * NR], *to = cols == width ? c : edge; /* what is not a whole tile is computed aside */
+    const size_t ld = cols == width ? ldc : width;
     if (to == edge && accumulate)
         for (size_t i = 0; i < rows; i++) memcpy(edge + i * width, c + i * ldc, cols * sizeof *c);
     size_t i = 0;
     if (rows == MR) kernel_MR(vecs, K, a, b, to, ld, accumulate), i = MR;
-    if (rows - i >= MR_HALF) kernel_MR_HALF(vecs, K, a, b, to, ld, accumulate), i += MR_HALF;
+    if (rows - i >= MR_HALF) kernel_MR_HALF(vecs, K, a, b, to, ld, accumulate), i = MR_HALF;
     for (; i < rows; i++) kernel_1(vecs, K, part(a, i, 0), b, to + i * ld, ld, accumulate);
     if (to == edge)
         for (i = 0; i < rows; i++) memcpy(c + i * ldc, edge + i * width, cols * sizeof *c);
+}
+
+/* c [M, N] (+)= a [M, K] times packed panels; row i of a, a multiple of MR, begins at a.at + i * step. */
+static void multiply_panels(float *c, size_t ldc, matrix a, size_t step, const float *panels, size_t M,
+                            size_t N, size_t K, int accumulate) {
+    const float *first = a.at;
+    for (size_t j = 0; j < N; j += NR)
+        for (size_t i = 0; i < M; i += MR) {
+            a.at = first + i * step;
+            tile(min_size(MR, M - i), min_size(NR, N - j), K, a, panels + j * K, c + i * ldc + j, ldc,
+                 accumulate);
+        }
 }
 
 /* Transposes VL vectors in log2(VL) rounds, in each of which the two halves interleave. */
@@ -305,47 +309,46 @@ INLINE void transpose(vec r[VL]) {
 static void pack_panel(float *to, matrix b, size_t K, size_t cols) {
     const size_t width = panel_width(cols), ld = b.ld;
     size_t k = 0;
-    if (!b.transposed && cols == NR) {
-        for (; k < K; k++) memcpy(to + k * NR, b.at + k * ld, NR * sizeof(float));
-        return;
-    }
+    if (!b.transposed && cols == NR)
+        for (; k < K; k++) memcpy(to + k * NR, b.at + k * ld, NR * sizeof *to);
     if (b.transposed)
         for (; k + VL <= K; k += VL)
             for (size_t j = 0; j < width; j += VL) {
+                const float *from = b.at + j * ld + k;
                 vec r[VL];
-                UNROLL for (size_t i = 0; i < VL; i++) r[i] =
-                    j + i < cols ? *(const vec *)(b.at + (j + i) * ld + k) : (vec){0};
+                UNROLL for (size_t i = 0; i < VL; i++) {
+                    r[i] = j + i < cols ? *(vec *)(from + i * ld) : (vec){0};
+                }
                 transpose(r);
-                UNROLL for (size_t i = 0; i < VL; i++) * (vec *)(to + (k + i) * width + j) = r[i];
+                UNROLL for (size_t i = 0; i < VL; i++) memcpy(to + (k + i) * width + j, &r[i], sizeof r[i]);
             }
     for (; k < K; k++)
         for (size_t j = 0; j < width; j++) to[k * width + j] = j < cols ? *part(b, k, j).at : 0;
 }
 
-/* Packs b [K, N] into panels of NR columns, the last perhaps narrower, one after the other. */
-static void pack_panels(float *to, matrix b, size_t K, size_t N) {
-    for (size_t j = 0; j < N; j += NR) pack_panel(to + j * K, part(b, 0, j), K, min_size(NR, N - j));
+/* Packs b [K, N] into panels of NR columns, the last perhaps narrower: panel j / NR at to + j * K. Of n
+ * threads that do it together this is number `thread`. */
+static void pack_panels(float *to, matrix b, size_t K, size_t N, size_t thread, size_t n) {
+    for (size_t j = thread * NR; j < N; j += n * NR)
+        pack_panel(to + j * K, part(b, 0, j), K, min_size(NR, N - j));
 }
 
-/* Packs a [rows, K]: transposed into slivers [K, MR], else as rows of another stride, since rows some KB apart would
- * compete for the same cache lines. Rows [i, i + MR) are then packed_rows(to, a, K, i). */
-static void pack_rows(float *to, matrix a, size_t rows, size_t K) {
-    if (!a.transposed)
-        for (size_t i = 0; i < rows; i++) memcpy(to + i * (K + VL), a.at + i * a.ld, K * sizeof *to);
-    else
-        for (size_t k = 0; k < K; k++) {
-            const float *from = a.at + k * a.ld;
-            size_t i = 0;
-            for (; i + MR <= rows; i += MR) memcpy(to + i * K + k * MR, from + i, MR * sizeof *to);
-            for (size_t r = i; r < rows; r++) to[i * K + k * MR + r - i] = from[r];
-        }
+/* Packs a [M, K]: transposed into slivers [K, MR], else as rows of another stride, since rows some KB apart
+ * would compete for the same cache lines. */
+static matrix pack_rows(float *to, matrix a, size_t M, size_t K) {
+    for (size_t i = 0; !a.transposed && i < M; i++)
+        memcpy(to + i * (K + VL), a.at + i * a.ld, K * sizeof *to);
+    if (!a.transposed) return (matrix){to, K + VL, 0};
+    for (size_t k = 0; k < K; k++) {
+        const float *from = a.at + k * a.ld;
+        size_t i = 0;
+        for (; i + MR <= M; i += MR) memcpy(to + i * K + k * MR, from + i, MR * sizeof *to);
+        memcpy(to + i * K + k * MR, from + i, (M - i) * sizeof *to);
+    }
+    return (matrix){to, MR, 1};
 }
 
-static inline matrix packed_rows(const float *packed, matrix a, size_t K, size_t i) {
-    return a.transposed ? (matrix){packed + i * K, MR, 1} : (matrix){packed + i * (K + VL), K + VL, 0};
-}
-
-/* A product and what is done with each tile of C when it is complete and still in cache. */
+/* A product, and what is done with each part of C when it is complete and still in cache. */
 typedef struct product {
     size_t M, N, K;
     matrix a, b;
@@ -356,53 +359,52 @@ typedef struct product {
     float *y;          /* [M, N] */
 } product;
 
-/* Blocks of K: short ones where the packing of A transposes. K of one block needs no packing of A if it is short. */
-enum { KC = 768, KC_TRANSPOSED = 384, K_UNPACKED = 400, PANELS_IN_L2 = 100 << 10, PANELS = 1 << 20 };
+/* Blocks: K at most; rows of packed A; and floats of packed B, which are to stay in the L2 cache, each
+ * thread's own, where A is not packed (a short K) and passes over it row by row, else in the L3 cache that
+ * they share. */
+enum { KC = 768, K_UNPACKED = 400, MC = 10 * MR, PANELS_L2 = 100 << 10, PANELS_L3 = 1 << 20 };
 
-static void multiply_own(rt_rank *rank, const product *p) {
-    const size_t kc_most = p->a.transposed ? KC_TRANSPOSED : KC, blocks = (p->K + kc_most - 1) / kc_most;
-    const size_t kc = (p->K + blocks - 1) / blocks;
+/* Tiles of the busiest thread if `down` x `across` threads share them. */
+static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down, size_t across) {
+    return (tiles_down + down - 1) / down * ((tiles_across + across - 1) / across);
+}
+
+static void multiply_own(rt_rank *rank, const product *p, int threads) {
+    const size_t blocks = (p->K + KC - 1) / KC, kc = (p->K + blocks - 1) / blocks;
     const int unpacked = !p->a.transposed && p->K <= K_UNPACKED;
-    const size_t nc = min_size(round_up(p->N, NR), (unpacked ? PANELS_IN_L2 : PANELS) / kc / NR * NR + NR);
-    const size_t mc = unpacked ? MR : MC, row_panels = (p->M + MR - 1) / MR;
-    const int threads = team(rank, (double)p->M * (double)p->N * (double)p->K / 40);
-    float *memory = scratch(rank, 2 * nc * kc, unpacked ? 0 : MC * (kc + VL));
+    const size_t nc = min_size(round_up(p->N, NR), (unpacked ? PANELS_L2 : PANELS_L3) / kc / NR * NR + NR);
+    const size_t mc = unpacked ? MR : MC, a_count = unpacked ? 0 : MC * (kc + VL);
+    const size_t tiles = (p->M + MR - 1) / MR;
+    float *memory = scratch(rank, 2 * nc * kc, a_count);
     if (!memory) return;
 
 #pragma omp parallel num_threads(threads)
     {
         const size_t thread = (size_t)omp_get_thread_num(), n = (size_t)omp_get_num_threads();
-        size_t across = 1; /* threads side by side in a row of tiles: more than one only where rows are few */
-        while (n % (2 * across) == 0 && row_panels < 4 * (n / across)) across *= 2;
+        size_t across = 1; /* of the threads stand side by side, so that the busiest has the fewest tiles */
+        for (size_t c = 2; n % c == 0; c *= 2)
+            if (busiest(tiles, nc / NR, n / c, c) < busiest(tiles, nc / NR, n / across, across)) across = c;
         const size_t down = n / across, my_row = thread / across, my_column = thread % across;
-        const size_t i_begin = row_panels * my_row / down * MR;
-        const size_t i_end = min_size(row_panels * (my_row + 1) / down * MR, p->M);
-        float *packed_a = memory + 2 * nc * kc + thread * MC * (kc + VL);
-        size_t step = 0;
-        for (size_t block = 0; block < blocks; block++) {
+        const size_t i_begin = tiles * my_row / down * MR;
+        const size_t i_end = min_size(tiles * (my_row + 1) / down * MR, p->M);
+        float *packed = memory + 2 * nc * kc + thread * a_count;
+        for (size_t block = 0, turn = 0; block < blocks; block++) {
             const size_t k = p->K * block / blocks, K = p->K * (block + 1) / blocks - k;
-            for (size_t n0 = 0; n0 < p->N; n0 += nc, step++) {
-                /* Two buffers take turns: who packs the next one cannot overtake who still reads this one. */
-                float *packed_b = memory + step % 2 * nc * kc;
-                const size_t N = min_size(nc, p->N - n0), panels = (N + NR - 1) / NR;
-                for (size_t j = thread * NR; j < N; j += n * NR)
-                    pack_panel(packed_b + j * K, part(p->b, k, n0 + j), K, min_size(NR, N - j));
+            for (size_t j0 = 0; j0 < p->N; j0 += nc, turn ^= 1) {
+                /* Two buffers in turn: who packs the next one cannot overtake those who still read this. */
+                float *panels = memory + turn * nc * kc;
+                const size_t N = min_size(nc, p->N - j0), tiles_across = (N + NR - 1) / NR;
+                const size_t j = tiles_across * my_column / across * NR;
+                const size_t cols = min_size(tiles_across * (my_column + 1) / across * NR, N) - j;
+                pack_panels(panels, part(p->b, k, j0), K, N, thread, n);
 #pragma omp barrier
-                const size_t j_begin = panels * my_column / across * NR;
-                const size_t j_end = min_size(panels * (my_column + 1) / across * NR, N);
-                for (size_t i0 = i_begin; i0 < i_end; i0 += mc) {
-                    const size_t M = min_size(mc, i_end - i0);
-                    if (!unpacked) pack_rows(packed_a, part(p->a, i0, k), M, K);
-                    for (size_t j = j_begin; j < j_end; j += NR)
-                        for (size_t i = 0; i < M; i += MR) {
-                            const size_t rows = min_size(MR, M - i), cols = min_size(NR, N - j);
-                            const matrix a =
-                                unpacked ? part(p->a, i0 + i, k) : packed_rows(packed_a, p->a, K, i);
-                            tile(rows, cols, K, a, packed_b + j * K, p->c + (i0 + i) * p->N + n0 + j, p->N,
-                                 block > 0);
-                        }
-                    if (p->epilogue && block + 1 == blocks)
-                        p->epilogue(p, i0, n0 + j_begin, M, j_end - j_begin);
+                for (size_t i = i_begin; i < i_end; i += mc) {
+                    const size_t rows = min_size(mc, i_end - i);
+                    matrix a = part(p->a, i, k);
+                    if (!unpacked) a = pack_rows(packed, a, rows, K);
+                    multiply_panels(p->c + i * p->N + j0 + j, p->N, a, a.transposed ? K : a.ld,
+                                    panels + j * K, rows, cols, K, block > 0);
+                    if (p->epilogue && block + 1 == blocks) p->epilogue(p, i, j0 + j, rows, cols);
                 }
             }
         }
@@ -410,34 +412,37 @@ static void multiply_own(rt_rank *rank, const product *p) {
 }
 
 #ifdef HAVE_OPENBLAS
+enum { HAS_OPENBLAS = 1 };
 /* Each thread multiplies its own rows: OpenBLAS itself stays on one thread, whatever other ranks do. */
-static void multiply_openblas(rt_rank *rank, const product *p) {
-    const int threads = team(rank, (double)p->M * (double)p->N * (double)p->K / 40);
+static void multiply_openblas(const product *p, int threads) {
+    const int a_transposed = p->a.transposed ? CblasTrans : CblasNoTrans;
+    const int b_transposed = p->b.transposed ? CblasTrans : CblasNoTrans;
+    const blasint N = (blasint)p->N, K = (blasint)p->K, lda = (blasint)p->a.ld, ldb = (blasint)p->b.ld;
 #pragma omp parallel num_threads(threads)
     {
         const size_t thread = (size_t)omp_get_thread_num(), n = (size_t)omp_get_num_threads();
         const size_t i = p->M * thread / n, rows = p->M * (thread + 1) / n - i;
         if (rows) {
-            cblas_sgemm(CblasRowMajor, p->a.transposed ? CblasTrans : CblasNoTrans,
-                        p->b.transposed ? CblasTrans : CblasNoTrans, (blasint)rows, (blasint)p->N,
-                        (blasint)p->K, 1, part(p->a, i, 0).at, (blasint)p->a.ld, p->b.at, (blasint)p->b.ld, 0,
-                        p->c + i * p->N, (blasint)p->N);
+            cblas_sgemm(CblasRowMajor, a_transposed, b_transposed, (blasint)rows, N, K, 1,
+                        part(p->a, i, 0).at, lda, p->b.at, ldb, 0, p->c + i * p->N, N);
             if (p->epilogue) p->epilogue(p, i, 0, rows, p->N);
         }
     }
 }
 #else
-#define multiply_openblas multiply_own /* vit_cpu_matmul does not let it come to this */
+enum { HAS_OPENBLAS = 0 }; /* and vit_cpu_matmul sees to it that nobody asks for it */
+static void multiply_openblas(const product *p, int threads) {}
 #endif
 
 static void multiply(rt_rank *rank, const product *p) {
+    const int threads = team(rank, (double)p->M * (double)p->N * (double)p->K / 40);
     if (((cpu_state *)rank->device)->matmul == VIT_MATMUL_OPENBLAS)
-        multiply_openblas(rank, p);
+        multiply_openblas(p, threads);
     else
-        multiply_own(rank, p);
+        multiply_own(rank, p, threads);
 }
 
-/* ------------------------------------------------------------------------------------------------------- linear */
+/* ------------------------------------------------------------------------------------------------- linear */
 
 static void add_bias(const product *p, size_t i0, size_t j0, size_t rows, size_t cols) {
     const float *bias = p->bias + j0;
@@ -469,19 +474,19 @@ static void times_gelu_derivative(const product *p, size_t i0, size_t j0, size_t
     }
 }
 
+/* y = x w^T + b, or pre = x w^T + b, y = gelu(pre) */
 static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
                            size_t rows, size_t in, size_t out) {
-    product p = {.M = rows, .N = out, .K = in, .a = {x.data, in, 0}, .b = {w.data, in, 1}, .bias = b.data};
-    p.c = pre.data ? pre.data : y.data;
-    p.y = y.data;
-    p.epilogue = pre.data ? add_bias_then_gelu : add_bias;
-    multiply(s->rank, &p); /* y = x w^T + b */
+    product p = {rows,          out, in, {x.data, in, 0}, {w.data, in, 1}, .c = y.data, .epilogue = add_bias,
+                 .bias = b.data};
+    if (pre.data) p.c = pre.data, p.y = y.data, p.epilogue = add_bias_then_gelu;
+    multiply(s->rank, &p);
 }
 
-/* sums [cols] = the sum over the rows of x [rows, cols], ROWS of them at a time. */
+/* sums [cols] = the sum over the rows of x [rows, cols] */
 static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, size_t cols) {
     enum { COLS = 512 };
-#pragma omp parallel for num_threads(team(rank, 0.2 * (double)rows * (double)cols)) schedule(static)
+#pragma omp parallel for num_threads(team(rank, 0.2 * rows * cols)) schedule(static)
     for (size_t j0 = 0; j0 < cols; j0 += COLS) {
         const size_t n = min_size(COLS, cols - j0);
         memset(sums + j0, 0, n * sizeof *sums);
@@ -499,28 +504,24 @@ static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, si
 /* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w (times gelu'(pre) where x = gelu(pre)) */
 static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
-    product weights = {.M = out, .N = in, .K = rows, .a = {dy.data, out, 1}, .b = {x.data, in, 0}};
-    weights.c = dw.data;
+    const product weights = {out, in, rows, {dy.data, out, 1}, {x.data, in, 0}, .c = dw.data};
+    product input = {rows, in, out, {dy.data, out, 0}, {w.data, in, 0}, .c = dx.data};
+    if (pre.data) input.pre = pre.data, input.epilogue = times_gelu_derivative;
     multiply(s->rank, &weights);
     sum_rows(s->rank, db.data, dy.data, rows, out);
-    if (!dx.data) return;
-    product input = {.M = rows, .N = in, .K = out, .a = {dy.data, out, 0}, .b = {w.data, in, 0}};
-    input.c = dx.data;
-    input.pre = pre.data;
-    input.epilogue = pre.data ? times_gelu_derivative : NULL;
-    multiply(s->rank, &input);
+    if (dx.data) multiply(s->rank, &input);
 }
 
-/* ---------------------------------------------------------------------------------------------------- layernorm */
+/* ---------------------------------------------------------------------------------------------- layernorm */
 
-static void layernorm_forward(rt_stream *s, rt_block y_block, rt_block mean, rt_block rstd, rt_block x_block,
-                              rt_block gamma_block, rt_block beta_block, size_t rows, size_t dim,
-                              size_t x_stride, double eps) {
-    const float *gamma = gamma_block.data, *beta = beta_block.data;
-#pragma omp parallel for num_threads(team(s->rank, 0.4 * (double)rows * (double)dim)) schedule(static)
+static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block rstd, rt_block x_,
+                              rt_block gamma_, rt_block beta_, size_t rows, size_t dim, size_t x_stride,
+                              double eps) {
+    const float *gamma = gamma_.data, *beta = beta_.data;
+#pragma omp parallel for num_threads(team(s->rank, 0.4 * rows * dim)) schedule(static)
     for (size_t i = 0; i < rows; i++) {
-        const float *x = (const float *)x_block.data + i * x_stride;
-        float *y = (float *)y_block.data + i * dim, sum = 0, squares = 0;
+        const float *x = floats(x_) + i * x_stride;
+        float *y = floats(y_) + i * dim, sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t j = 0; j < dim; j++) sum += x[j];
         const float m = sum / (float)dim;
@@ -529,34 +530,30 @@ static void layernorm_forward(rt_stream *s, rt_block y_block, rt_block mean, rt_
         const float r = 1 / sqrtf(squares / (float)dim + (float)eps);
 #pragma omp simd
         for (size_t j = 0; j < dim; j++) y[j] = (x[j] - m) * r * gamma[j] + beta[j];
-        ((float *)mean.data)[i] = m;
-        ((float *)rstd.data)[i] = r;
+        floats(mean)[i] = m;
+        floats(rstd)[i] = r;
     }
 }
 
 /* n = (x - mean) rstd, y = n gamma + beta, with g = dy gamma:
  *     dx = rstd (g - mean(g) - n mean(g n)),  dgamma = sum over rows of dy n,  dbeta = sum over rows of dy
  * The rows are cut into up to CHUNKS chunks, whose sums are added in order. */
-static void layernorm_backward(rt_stream *s, rt_block dx_block, rt_block dgamma_block, rt_block dbeta_block,
-                               rt_block residual_block, rt_block dy_block, rt_block x_block, rt_block mean,
-                               rt_block rstd, rt_block gamma_block, size_t rows, size_t dim,
-                               size_t x_stride) {
+static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_block dbeta_,
+                               rt_block residual_, rt_block dy_, rt_block x_, rt_block mean, rt_block rstd,
+                               rt_block gamma_, size_t rows, size_t dim, size_t x_stride) {
     enum { CHUNKS = 64 };
     const size_t chunk = rows < ROWS * CHUNKS ? ROWS : (rows + CHUNKS - 1) / CHUNKS;
-    const float *gamma = gamma_block.data;
-    float *sums = scratch(s->rank, 2 * dim * CHUNKS, 0); /* [chunk][dgamma, dbeta][dim] */
+    const float *gamma = gamma_.data;
+    float *sums = scratch(s->rank, 2 * dim * (CHUNKS + 1), 0); /* [chunk][dgamma, dbeta][dim], their sum */
     if (!sums) return;
-#pragma omp parallel for num_threads(team(s->rank, 0.5 * (double)rows * (double)dim)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.5 * rows * dim)) schedule(static)
     for (size_t i0 = 0; i0 < rows; i0 += chunk) {
         float *dgamma = sums + i0 / chunk * 2 * dim, *dbeta = dgamma + dim;
         memset(dgamma, 0, 2 * dim * sizeof *dgamma);
         for (size_t i = i0; i < min_size(i0 + chunk, rows); i++) {
-            const float *dy = (const float *)dy_block.data + i * dim;
-            const float *x = (const float *)x_block.data + i * x_stride;
-            const float *residual =
-                residual_block.data ? (const float *)residual_block.data + i * x_stride : NULL;
-            const float m = ((const float *)mean.data)[i], r = ((const float *)rstd.data)[i];
-            float *dx = (float *)dx_block.data + i * x_stride, sum_g = 0, sum_gn = 0;
+            const float *dy = floats(dy_) + i * dim, *x = floats(x_) + i * x_stride;
+            const float m = floats(mean)[i], r = floats(rstd)[i];
+            float *dx = floats(dx_) + i * x_stride, sum_g = 0, sum_gn = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gn)
             for (size_t j = 0; j < dim; j++) {
                 const float n = (x[j] - m) * r, g = dy[j] * gamma[j];
@@ -566,38 +563,26 @@ static void layernorm_backward(rt_stream *s, rt_block dx_block, rt_block dgamma_
                 dbeta[j] += dy[j];
             }
             const float mean_g = sum_g / (float)dim, mean_gn = sum_gn / (float)dim;
-            if (!residual) residual = memset(dx, 0, dim * sizeof *dx);
+            const float *residual =
+                residual_.data ? floats(residual_) + i * x_stride : memset(dx, 0, dim * sizeof *dx);
 #pragma omp simd
             for (size_t j = 0; j < dim; j++)
                 dx[j] = residual[j] + r * (dy[j] * gamma[j] - mean_g - (x[j] - m) * r * mean_gn);
         }
     }
-    float *dgamma = dgamma_block.data, *dbeta = dbeta_block.data;
-    memset(dgamma, 0, dim * sizeof *dgamma);
-    memset(dbeta, 0, dim * sizeof *dbeta);
-    for (size_t i0 = 0; i0 < rows; i0 += chunk, sums += 2 * dim)
-#pragma omp simd
-        for (size_t j = 0; j < dim; j++) {
-            dgamma[j] += sums[j];
-            dbeta[j] += sums[dim + j];
-        }
+    float *total = sums + 2 * dim * CHUNKS;
+    sum_rows(s->rank, total, sums, (rows + chunk - 1) / chunk, 2 * dim);
+    memcpy(dgamma_.data, total, dim * sizeof *total);
+    memcpy(dbeta_.data, total + dim, dim * sizeof *total);
 }
 
-/* ---------------------------------------------------------------------------------------------------- attention */
+/* ---------------------------------------------------------------------------------------------- attention */
 
-/* Each pair of an image and a head is the work of one thread, from start to end in its cache. What is saved are the
- * probabilities p [B, H, T, ld], whose rows are padded to whole vectors. */
+/* Each pair of an image and a head is the work of one thread, from start to end in its cache, by the tiles
+ * of our own product. Saved are the probabilities p [B, H, T, ld], rows padded to whole vectors with 0. */
 static size_t attention_ld(size_t T) { return round_up(T, VL); }
 
-static size_t attention_saved(size_t B, size_t T, size_t H, size_t head_dim) {
-    return B * H * T * attention_ld(T);
-}
-
-/* c [rows <= MR, N] = a [rows, K] times packed panels. */
-static void multiply_panels(float *c, size_t ldc, matrix a, const float *panels, size_t rows, size_t K,
-                            size_t N) {
-    for (size_t j = 0; j < N; j += NR) tile(rows, min_size(NR, N - j), K, a, panels + j * K, c + j, ldc, 0);
-}
+static size_t attention_saved(size_t B, size_t T, size_t H, size_t hd) { return B * H * T * attention_ld(T); }
 
 /* s = q k^T / sqrt(hd), p = softmax(s), out = p v */
 static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_block qkv, size_t B, size_t T,
@@ -606,27 +591,30 @@ static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_blo
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
-#pragma omp parallel for num_threads(team(s->rank, (double)(B * T * T) * (double)D / 15)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.07 * B * T * T * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
         const size_t b = pair / H, h = pair % H;
-        const float *q = (const float *)qkv.data + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        float *p = (float *)saved.data + pair * T * ld, *o = (float *)out.data + b * T * D + h * hd;
+        const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
+        float *o = floats(out) + b * T * D + h * hd;
         float *kt_panels = memory + (size_t)omp_get_thread_num() * each, *v_panels = kt_panels + hd * ld;
-        pack_panels(kt_panels, (matrix){k, 3 * D, 1}, hd, T);
-        pack_panels(v_panels, (matrix){v, 3 * D, 0}, T, hd);
+        pack_panels(kt_panels, (matrix){k, 3 * D, 1}, hd, T, 0, 1);
+        pack_panels(v_panels, (matrix){v, 3 * D, 0}, T, hd, 0, 1);
         for (size_t i = 0; i < T; i += MR) {
             const size_t rows = min_size(MR, T - i);
-            float *pi = p + i * ld;
-            multiply_panels(pi, ld, (matrix){q + i * 3 * D, 3 * D, 0}, kt_panels, rows, hd, ld);
-            for (size_t r = 0; r < rows; r++) softmax(pi + r * ld, T, scale);
-            multiply_panels(o + i * D, D, (matrix){pi, ld, 0}, v_panels, rows, T, hd);
+            float *p = floats(saved) + (pair * T + i) * ld;
+            multiply_panels(p, ld, (matrix){q + i * 3 * D, 3 * D, 0}, 0, kt_panels, rows, ld, hd, 0);
+            for (size_t r = 0; r < rows; r++) {
+                for (size_t j = T; j < ld; j++) p[r * ld + j] = -INFINITY; /* whole vectors, no remainder */
+                softmax(p + r * ld, ld, scale);
+            }
+            multiply_panels(o + i * D, D, (matrix){p, ld, 0}, 0, v_panels, rows, hd, T, 0);
         }
     }
 }
 
-/* out = p v:           dv = p^T dout, dp = dout v^T
- * p = softmax(s):      ds = p (dp - sum over the row of p dp)
- * s = q k^T / sqrt(hd): dq = ds k / sqrt(hd), dk = ds^T q / sqrt(hd) */
+/* out = p v:             dv = p^T dout, dp = dout v^T
+ * p = softmax(s):        ds = p (dp - sum over the row of p dp)
+ * s = q k^T / sqrt(hd):  dq = ds k / sqrt(hd), dk = ds^T q / sqrt(hd) */
 static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_block qkv, rt_block out,
                                rt_block saved, size_t B, size_t T, size_t H, size_t hd) {
     const size_t D = H * hd, ld = attention_ld(T), panels = T * round_up(hd, VL);
@@ -634,59 +622,55 @@ static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_bl
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
-#pragma omp parallel for num_threads(team(s->rank, (double)(B * T * T) * (double)D / 6)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.14 * B * T * T * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
-        const size_t b = pair / H, h = pair % H, at = b * T * D + h * hd;
-        const float *q = (const float *)qkv.data + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        const float *d_o = (const float *)dout.data + at;
-        const float *p = (const float *)saved.data + pair * T * ld;
-        float *dq = (float *)dqkv.data + b * T * 3 * D + h * hd, *dk = dq + D, *dv = dk + D;
+        const size_t b = pair / H, h = pair % H;
+        const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
+        const float *d_o = floats(dout) + b * T * D + h * hd, *p = floats(saved) + pair * T * ld;
+        float *dq = floats(dqkv) + b * T * 3 * D + h * hd, *dk = dq + D, *dv = dk + D;
         float *ds = memory + (size_t)omp_get_thread_num() * each, *vt_panels = ds + T * ld;
         float *k_panels = vt_panels + hd * ld, *q_panels = k_panels + panels, *do_panels = q_panels + panels;
-        pack_panels(vt_panels, (matrix){v, 3 * D, 1}, hd, T);
-        pack_panels(k_panels, (matrix){k, 3 * D, 0}, T, hd);
-        pack_panels(q_panels, (matrix){q, 3 * D, 0}, T, hd);
-        pack_panels(do_panels, (matrix){d_o, D, 0}, T, hd);
+        pack_panels(vt_panels, (matrix){v, 3 * D, 1}, hd, T, 0, 1);
+        pack_panels(k_panels, (matrix){k, 3 * D, 0}, T, hd, 0, 1);
+        pack_panels(q_panels, (matrix){q, 3 * D, 0}, T, hd, 0, 1);
+        pack_panels(do_panels, (matrix){d_o, D, 0}, T, hd, 0, 1);
         for (size_t i = 0; i < T; i += MR) {
             const size_t rows = min_size(MR, T - i);
-            multiply_panels(ds + i * ld, ld, (matrix){d_o + i * D, D, 0}, vt_panels, rows, hd, ld); /* dp */
+            multiply_panels(ds + i * ld, ld, (matrix){d_o + i * D, D, 0}, 0, vt_panels, rows, ld, hd,
+                            0); /* dp */
             for (size_t r = i; r < i + rows; r++) {
-                float *dsr = ds + r * ld, sum = 0;
                 const float *pr = p + r * ld;
+                float *dsr = ds + r * ld, sum = 0;
 #pragma omp simd reduction(+ : sum)
-                for (size_t j = 0; j < T; j++) sum += pr[j] * dsr[j];
+                for (size_t j = 0; j < ld; j++) sum += pr[j] * dsr[j];
 #pragma omp simd
-                for (size_t j = 0; j < T; j++) dsr[j] = pr[j] * (dsr[j] - sum) * scale;
+                for (size_t j = 0; j < ld; j++) dsr[j] = pr[j] * (dsr[j] - sum) * scale;
             }
-            multiply_panels(dq + i * 3 * D, 3 * D, (matrix){ds + i * ld, ld, 0}, k_panels, rows, T, hd);
+            multiply_panels(dq + i * 3 * D, 3 * D, (matrix){ds + i * ld, ld, 0}, 0, k_panels, rows, hd, T, 0);
         }
-        for (size_t i = 0; i < T; i += MR) {
-            const size_t rows = min_size(MR, T - i);
-            multiply_panels(dv + i * 3 * D, 3 * D, (matrix){p + i, ld, 1}, do_panels, rows, T, hd);
-            multiply_panels(dk + i * 3 * D, 3 * D, (matrix){ds + i, ld, 1}, q_panels, rows, T, hd);
-        }
+        multiply_panels(dv, 3 * D, (matrix){p, ld, 1}, 1, do_panels, T, hd, T, 0);
+        multiply_panels(dk, 3 * D, (matrix){ds, ld, 1}, 1, q_panels, T, hd, T, 0);
     }
 }
 
-/* ---------------------------------------------------------------------------------------------- the other layers */
+/* --------------------------------------------------------------------------------------- the other layers */
 
 static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
                              size_t count, double rate, uint64_t salt) {
     const size_t blocks = (count + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(team(s->rank, 0.3 * (double)B * (double)count)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.3 * B * count)) schedule(static)
     for (size_t block = 0; block < B * blocks; block++) {
         const size_t b = block / blocks, i0 = block % blocks * BLOCK, at = b * count + i0;
         const size_t n = min_size(BLOCK, count - i0);
         const double factor = rate > 0 ? vit_drop_path_factor(((uint64_t *)keys.data)[b], salt, rate) : 1;
-        const float *from = (const float *)branch.data + at, k = (float)factor;
-        float *to = (float *)out.data + at;
-        if (!x.data) {
-#pragma omp simd
-            for (size_t i = 0; i < n; i++) to[i] = k * from[i];
-        } else {
-            const float *input = (const float *)x.data + at;
+        const float *from = floats(branch) + at, *input = x.data ? floats(x) + at : NULL, k = (float)factor;
+        float *to = floats(out) + at;
+        if (input) {
 #pragma omp simd
             for (size_t i = 0; i < n; i++) to[i] = input[i] + k * from[i];
+        } else {
+#pragma omp simd
+            for (size_t i = 0; i < n; i++) to[i] = k * from[i];
         }
     }
 }
@@ -699,114 +683,105 @@ static void residual_backward(rt_stream *s, rt_block dbranch, rt_block dout, rt_
 
 static void patchify_forward(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,
                              size_t height, size_t width, size_t P) {
-    const size_t down = height / P, across = width / P, rows = B * down;
-#pragma omp parallel for num_threads(team(s->rank, 0.5 * (double)patches.count)) schedule(static)
-    for (size_t row = 0; row < rows; row++) {
+    const size_t down = height / P, across = width / P;
+#pragma omp parallel for num_threads(team(s->rank, 0.5 * patches.count)) schedule(static)
+    for (size_t row = 0; row < B * down; row++) {
         const size_t b = row / down, top = row % down * P;
-        float *to = (float *)patches.data + row * across * C * P * P;
+        float *to = floats(patches) + row * across * C * P * P;
         for (size_t patch = 0; patch < across; patch++)
             for (size_t c = 0; c < C; c++)
-                for (size_t y = 0; y < P; y++, to += P) {
-                    const size_t line = (b * C + c) * height + top + y;
-                    memcpy(to, (const float *)images.data + line * width + patch * P, P * sizeof *to);
-                }
+                for (size_t y = top; y < top + P; y++, to += P)
+                    memcpy(to, floats(images) + ((b * C + c) * height + y) * width + patch * P,
+                           P * sizeof *to);
     }
 }
 
 static void embedding_forward(rt_stream *s, rt_block out, rt_block x, rt_block cls, rt_block pos, size_t B,
                               size_t N, size_t D) {
-#pragma omp parallel for num_threads(team(s->rank, 0.3 * (double)out.count)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.3 * out.count)) schedule(static)
     for (size_t row = 0; row < B * (N + 1); row++) {
         const size_t b = row / (N + 1), t = row % (N + 1);
-        const float *from = t ? (const float *)x.data + (b * N + t - 1) * D : cls.data;
-        const float *p = (const float *)pos.data + t * D;
-        float *to = (float *)out.data + row * D;
+        const float *from = t ? floats(x) + (b * N + t - 1) * D : cls.data, *p = floats(pos) + t * D;
+        float *to = floats(out) + row * D;
 #pragma omp simd
         for (size_t j = 0; j < D; j++) to[j] = from[j] + p[j];
     }
 }
 
-/* out = (cls | x) + pos:  dpos = sum over images of dout, dcls = dpos of the first token, dx = dout of the others */
+/* out = (cls | x) + pos:  dpos = sum over images of dout, dcls = its first token, dx = dout of the others */
 static void embedding_backward(rt_stream *s, rt_block dx, rt_block dcls, rt_block dpos, rt_block dout,
                                size_t B, size_t N, size_t D) {
-#pragma omp parallel for num_threads(team(s->rank, 0.4 * (double)dout.count)) schedule(static)
-    for (size_t t = 0; t < N + 1; t++) {
-        float *sum = (float *)dpos.data + t * D;
-        memset(sum, 0, D * sizeof *sum);
-        for (size_t b = 0; b < B; b++) {
-            const float *from = (const float *)dout.data + (b * (N + 1) + t) * D;
-#pragma omp simd
-            for (size_t j = 0; j < D; j++) sum[j] += from[j];
-            if (t) memcpy((float *)dx.data + (b * N + t - 1) * D, from, D * sizeof *from);
-        }
-        if (t == 0) memcpy(dcls.data, sum, D * sizeof *sum);
-    }
+    sum_rows(s->rank, dpos.data, dout.data, B, (N + 1) * D);
+    memcpy(dcls.data, dpos.data, D * sizeof(float));
+    for (size_t b = 0; b < B; b++)
+        memcpy(floats(dx) + b * N * D, floats(dout) + (b * (N + 1) + 1) * D, N * D * sizeof(float));
 }
 
-/* --------------------------------------------------------------------------------------------------------- loss */
+/* --------------------------------------------------------------------------------------------------- loss */
 
-/* loss = sum over classes of target (log(sum of exp(logits)) - logit), where the targets' sum is 1 */
+/* loss = sum over classes of target (log(sum of exp(logits)) - logit), where the targets add up to 1 */
 static void cross_entropy_forward(rt_stream *s, rt_block losses, rt_block probabilities, rt_block logits,
                                   rt_block labels, size_t B, size_t V, double smoothing) {
-#pragma omp parallel for num_threads(team(s->rank, (double)B *(double)V)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 1.0 * B * V)) schedule(static)
     for (size_t b = 0; b < B; b++) {
-        const float *x = (const float *)logits.data + b * V;
-        const float most = largest(x, V);
-        float *p = (float *)probabilities.data + b * V;
-        const double log_sum = log((double)softmax(memcpy(p, x, V * sizeof *p), V, 1));
+        const float *x = floats(logits) + b * V, most = largest(x, V);
         const double own = (double)(x[((const int32_t *)labels.data)[b]] - most);
+        const double log_sum =
+            log((double)softmax(memcpy(floats(probabilities) + b * V, x, V * sizeof *x), V, 1));
         double sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t j = 0; j < V; j++) sum += (double)(x[j] - most);
-        ((float *)losses.data)[b] = (float)(log_sum - (1 - smoothing) * own - smoothing * sum / (double)V);
+        floats(losses)[b] = (float)(log_sum - (1 - smoothing) * own - smoothing * sum / (double)V);
     }
 }
 
 /* p = softmax(logits), loss as above:  dlogits = p - target, times the scale */
 static void cross_entropy_backward(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels,
                                    size_t B, size_t V, double smoothing, double scale) {
-    const float everywhere = (float)(smoothing / (double)V), factor = (float)scale;
-#pragma omp parallel for num_threads(team(s->rank, 0.3 * (double)B * (double)V)) schedule(static)
+    const double everywhere = smoothing / (double)V;
+#pragma omp parallel for num_threads(team(s->rank, 0.3 * B * V)) schedule(static)
     for (size_t b = 0; b < B; b++) {
-        const float *p = (const float *)probabilities.data + b * V;
-        const size_t label = (size_t)((const int32_t *)labels.data)[b];
-        float *d = (float *)dlogits.data + b * V;
+        const float *p = floats(probabilities) + b * V;
+        const int32_t label = ((const int32_t *)labels.data)[b];
+        float *d = floats(dlogits) + b * V;
 #pragma omp simd
-        for (size_t j = 0; j < V; j++) d[j] = factor * (p[j] - everywhere);
-        d[label] = (float)(scale * ((double)p[label] - smoothing / (double)V - (1 - smoothing)));
+        for (size_t j = 0; j < V; j++) d[j] = (float)scale * (p[j] - (float)everywhere);
+        d[label] = (float)(scale * ((double)p[label] - everywhere - (1 - smoothing)));
     }
 }
 
-static void loss_accumulate(rt_stream *s, rt_block total_block, rt_block losses, size_t B) {
-    int64_t *total = total_block.data;
+static void loss_accumulate(rt_stream *s, rt_block total_, rt_block losses, size_t B) {
+    const double most = 0x1p20; /* what is larger, or not a number, counts as not finite */
+    int64_t *total = total_.data;
     double sum = 0;
     for (size_t b = 0; b < B; b++) {
-        const double share = (double)((const float *)losses.data)[b] / (double)B;
-        if (fabs(share) < 0x1p20) /* not NaN either */
+        const double share = (double)floats(losses)[b] / (double)B;
+        if (fabs(share) < most)
             sum += share;
         else
             total[1]++;
     }
-    if (fabs(sum) < 0x1p20)
+    if (fabs(sum) < most)
         total[0] += llround(sum / VIT_LOSS_UNIT);
     else
         total[1]++;
 }
 
-/* ----------------------------------------------------------------------------------- optimizers and gradient norm */
+/* --------------------------------------------------------------------------- optimizers and gradient norm */
 
 typedef struct {
-    float factor, keep; /* of the gradient; of the parameter: decoupled weight decay */
-    float decay;        /* weight decay added to the gradient */
-    float beta2, rest1, rest2, root_correction2, eps, step, momentum;
+    float factor, step; /* of the gradient; of what is subtracted */
+    float keep,
+        decay; /* weight decay: factor of the parameter (AdamW), or multiple added to the gradient (SGD) */
+    float momentum, beta2, rest1, rest2, root_correction2, eps; /* rest: 1 - beta */
 } optimizer_constants;
 
-/* Updates n elements, a multiple of VIT_ALIGNMENT, in vectors alone. */
-typedef void optimizer_update(float *p, float *m, float *v, const float *grad, size_t n,
-                              const optimizer_constants *c);
+/* Updates n elements, a multiple of VIT_ALIGNMENT, by vectors alone: no element is ever in a loop's
+ * remainder. x: parameters, then the optimizer's state, then gradients. */
+typedef void optimizer_update(float *const *x, size_t n, const optimizer_constants *c);
 
-static void adamw_update(float *restrict p, float *restrict m, float *restrict v, const float *restrict grad,
-                         size_t n, const optimizer_constants *c) {
+static void adamw_update(float *const *x, size_t n, const optimizer_constants *c) {
+    float *p = x[0], *m = x[1], *v = x[2], *grad = x[3];
     const optimizer_constants o = *c;
     for (size_t i = 0; i < n; i += VIT_ALIGNMENT)
 #pragma omp simd
@@ -818,8 +793,8 @@ static void adamw_update(float *restrict p, float *restrict m, float *restrict v
         }
 }
 
-static void sgd_update(float *restrict p, float *restrict m, float *restrict v, const float *restrict grad,
-                       size_t n, const optimizer_constants *c) {
+static void sgd_update(float *const *x, size_t n, const optimizer_constants *c) {
+    float *p = x[0], *m = x[1], *grad = x[2];
     const optimizer_constants o = *c;
     for (size_t i = 0; i < n; i += VIT_ALIGNMENT)
 #pragma omp simd
@@ -829,64 +804,63 @@ static void sgd_update(float *restrict p, float *restrict m, float *restrict v, 
         }
 }
 
-/* Updates elements [first, last). What is left of the last vector is updated in a copy, so that the element's
- * arithmetic never depends on where a shard ends. */
-static void optimize(rt_rank *rank, float *p, float *m, float *v, const float *grad, size_t first,
-                     size_t last, optimizer_update *update, const optimizer_constants *c) {
-    const size_t tail = (last - first) % VIT_ALIGNMENT, whole = last - tail;
-#pragma omp parallel for num_threads(team(rank, 1.0 * (double)(last - first))) schedule(static)
-    for (size_t i = first; i < whole; i += BLOCK)
-        update(p + i, m + i, v ? v + i : NULL, grad + i, min_size(BLOCK, whole - i), c);
-    if (!tail) return;
-    float copy[4][VIT_ALIGNMENT] = {0};
-    float *const from[4] = {p, m, v, (float *)grad};
-    for (int k = 0; k < 4; k++)
-        if (from[k]) memcpy(copy[k], from[k] + whole, tail * sizeof(float));
-    update(copy[0], copy[1], copy[2], copy[3], VIT_ALIGNMENT, c);
-    for (int k = 0; k < 3; k++)
-        if (from[k]) memcpy(from[k] + whole, copy[k], tail * sizeof(float));
+/* Updates elements [first, last) of k arrays; what does not fill a vector at the end, in copies that do. */
+static void optimize(rt_rank *rank, float *const *x, size_t k, size_t first, size_t last,
+                     optimizer_update *update, const optimizer_constants *c) {
+    const size_t whole = last - (last - first) % VIT_ALIGNMENT;
+#pragma omp parallel for num_threads(team(rank, 1.0 * (last - first))) schedule(static)
+    for (size_t i = first; i < whole; i += BLOCK) {
+        float *at[4];
+        for (size_t a = 0; a < k; a++) at[a] = x[a] + i;
+        update(at, min_size(BLOCK, whole - i), c);
+    }
+    float copy[4][VIT_ALIGNMENT] = {{0}}, *const copies[4] = {copy[0], copy[1], copy[2], copy[3]};
+    for (size_t a = 0; a < k; a++) memcpy(copy[a], x[a] + whole, (last - whole) * sizeof(float));
+    update(copies, VIT_ALIGNMENT, c);
+    for (size_t a = 0; a < k - 1; a++) memcpy(x[a] + whole, copy[a], (last - whole) * sizeof(float));
 }
 
 static void adamw(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
                   rt_block scalars, size_t decayed, const vit_adamw_options *o) {
     const double *d = scalars.data, lr = d[VIT_LEARNING_RATE];
+    float *const x[] = {param.data, exp_avg.data, exp_avg_sq.data, grad.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
+                             .step = (float)(lr / d[VIT_BIAS_CORRECTION1]),
                              .keep = (float)(1 - lr * o->weight_decay),
                              .beta2 = (float)o->beta2,
                              .rest1 = (float)(1 - o->beta1),
                              .rest2 = (float)(1 - o->beta2),
                              .root_correction2 = (float)sqrt(d[VIT_BIAS_CORRECTION2]),
-                             .eps = (float)o->eps,
-                             .step = (float)(lr / d[VIT_BIAS_CORRECTION1])};
+                             .eps = (float)o->eps};
     if (d[VIT_GRADIENT_FACTOR] == 0) return;
-    optimize(s->rank, param.data, exp_avg.data, exp_avg_sq.data, grad.data, 0, decayed, adamw_update, &c);
+    optimize(s->rank, x, 4, 0, decayed, adamw_update, &c);
     c.keep = 1;
-    optimize(s->rank, param.data, exp_avg.data, exp_avg_sq.data, grad.data, decayed, param.count,
-             adamw_update, &c);
+    optimize(s->rank, x, 4, decayed, param.count, adamw_update, &c);
 }
 
 static void sgd(rt_stream *s, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
                 size_t decayed, const vit_sgd_options *o) {
     const double *d = scalars.data;
+    float *const x[] = {param.data, momentum.data, grad.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
+                             .step = (float)d[VIT_LEARNING_RATE],
                              .decay = (float)o->weight_decay,
-                             .momentum = (float)o->momentum,
-                             .step = (float)d[VIT_LEARNING_RATE]};
+                             .momentum = (float)o->momentum};
     if (d[VIT_GRADIENT_FACTOR] == 0) return;
-    optimize(s->rank, param.data, momentum.data, NULL, grad.data, 0, decayed, sgd_update, &c);
+    optimize(s->rank, x, 3, 0, decayed, sgd_update, &c);
     c.decay = 0;
-    optimize(s->rank, param.data, momentum.data, NULL, grad.data, decayed, param.count, sgd_update, &c);
+    optimize(s->rank, x, 3, decayed, param.count, sgd_update, &c);
 }
 
-/* Adds the squares of up to VIT_GRANULE floats, each of which is exact in double, to the counters. */
+/* Adds the squares of VIT_GRANULE floats, each of which is exact in double, to the counters. */
 static inline void count_granule(int64_t *counters, const float *x) {
     double sum[VIT_GRANULE];
     for (int i = 0; i < VIT_GRANULE; i++) sum[i] = (double)x[i] * (double)x[i];
     for (int half = VIT_GRANULE / 2; half > 0; half /= 2)
         for (int i = 0; i < half; i++) sum[i] += sum[i + half];
+    if (sum[0] == 0) return;
     uint64_t bits;
     memcpy(&bits, sum, sizeof bits);
-    if (bits == 0) return;
     const int exponent = (int)(bits >> 52 & 0x7FF) - 1023; /* without the sign, which a NaN may have */
     if (exponent == 1024) {
         counters[VIT_NORM_NOT_FINITE]++;
@@ -898,32 +872,29 @@ static inline void count_granule(int64_t *counters, const float *x) {
     at[1] += (int64_t)(significand >> 26);
 }
 
-static void sum_of_squares(rt_stream *s, rt_block counters, rt_block x_block) {
-    const float *x = x_block.data;
-    const size_t each = VIT_NORM_COUNTERS * sizeof(int64_t) / sizeof(float), count = x_block.count;
-    const int threads = team(s->rank, 0.8 * (double)count);
-    float *memory = scratch(s->rank, 0, round_up(each, 16));
-    if (!memory) return;
-    memset(memory, 0, (size_t)threads * round_up(each, 16) * sizeof(float));
-#pragma omp parallel num_threads(threads)
+static void sum_of_squares(rt_stream *s, rt_block counters, rt_block x_) {
+    const float *x = x_.data;
+    const size_t whole = x_.count / VIT_GRANULE * VIT_GRANULE;
+    float rest[VIT_GRANULE] = {0};
+    memcpy(rest, x + whole, (x_.count - whole) * sizeof *x);
+    count_granule(counters.data, rest);
+#pragma omp parallel num_threads(team(s->rank, 0.5 * x_.count))
     {
-        int64_t *mine = (int64_t *)(memory + (size_t)omp_get_thread_num() * round_up(each, 16));
+        int64_t mine[VIT_NORM_COUNTERS] = {0};
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < count / VIT_GRANULE * VIT_GRANULE; i += VIT_GRANULE)
-            count_granule(mine, x + i);
-    }
-    float tail[VIT_GRANULE] = {0};
-    memcpy(tail, x + count / VIT_GRANULE * VIT_GRANULE, count % VIT_GRANULE * sizeof *tail);
-    count_granule(counters.data, tail);
-    for (int t = 0; t < threads; t++)
+        for (size_t i = 0; i < whole; i += VIT_GRANULE) count_granule(mine, x + i);
         for (size_t i = 0; i < VIT_NORM_COUNTERS; i++)
-            ((int64_t *)counters.data)[i] += ((int64_t *)(memory + (size_t)t * round_up(each, 16)))[i];
+            if (mine[i]) {
+#pragma omp atomic
+                ((int64_t *)counters.data)[i] += mine[i];
+            }
+    }
 }
 
-static void gradient_factor(rt_stream *s, rt_block scalars_block, rt_block counters_block, double divisor,
+static void gradient_factor(rt_stream *s, rt_block scalars_, rt_block counters_, double divisor,
                             double clip) {
-    const int64_t *counters = counters_block.data;
-    double *scalars = scalars_block.data, sum = 0;
+    const int64_t *counters = counters_.data;
+    double *scalars = scalars_.data, sum = 0;
     for (int i = 0; i < VIT_NORM_EXPONENTS; i++) {
         const double significands = (double)counters[2 * i] + 0x1p26 * (double)counters[2 * i + 1];
         sum += ldexp(significands, i + VIT_NORM_MIN_EXPONENT - 52);
@@ -935,14 +906,14 @@ static void gradient_factor(rt_stream *s, rt_block scalars_block, rt_block count
     scalars[VIT_GRADIENT_FACTOR] = finite ? clipping / divisor : 0;
 }
 
-/* --------------------------------------------------------------------------------------------- vector arithmetic */
+/* -------------------------------------------------------------------------------------- vector arithmetic */
 
 static void fill_zero(rt_stream *s, rt_block x) { memset(x.data, 0, x.count * rt_type_size(x.type)); }
 
 static void add(rt_stream *s, rt_block x, rt_block y) {
     float *to = x.data;
     const float *from = y.data;
-#pragma omp parallel for num_threads(team(s->rank, 0.4 * (double)x.count)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.4 * x.count)) schedule(static)
     for (size_t i = 0; i < x.count; i += BLOCK)
 #pragma omp simd
         for (size_t j = i; j < min_size(i + BLOCK, x.count); j++) to[j] += from[j];
@@ -950,18 +921,17 @@ static void add(rt_stream *s, rt_block x, rt_block y) {
 
 /* Sums block by block: each is complete before any `to` is written, which may be one of `from`. */
 static void sum_buffers(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from) {
-    const size_t size = rt_type_size(from->type), bytes = from->count * size;
-    const double work = (double)(n_to + n_from) * (double)from->count * 0.2;
-#pragma omp parallel for num_threads(team(s->rank, work)) schedule(static)
+    const size_t bytes = from->count * rt_type_size(from->type);
+#pragma omp parallel for num_threads(team(s->rank, 0.05 * bytes * (n_to + n_from))) schedule(static)
     for (size_t at = 0; at < bytes; at += BLOCK) {
         union {
             float f[BLOCK / sizeof(float)];
             int64_t i[BLOCK / sizeof(int64_t)];
         } sum;
         const size_t n = min_size(BLOCK, bytes - at);
-        memcpy(&sum, (const char *)from->data + at, n);
+        memcpy(&sum, (char *)from->data + at, n);
         for (size_t k = 1; k < n_from; k++) {
-            const char *x = (const char *)from[k].data + at;
+            const void *x = (char *)from[k].data + at;
             if (from->type == RT_FP32)
 #pragma omp simd
                 for (size_t j = 0; j < n / sizeof(float); j++) sum.f[j] += ((const float *)x)[j];
@@ -973,24 +943,14 @@ static void sum_buffers(rt_stream *s, const rt_block *to, size_t n_to, const rt_
     }
 }
 
-/* ---------------------------------------------------------------------------------------------------- the table */
+/* ---------------------------------------------------------------------------------------------- the table */
 
 int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e) {
     cpu_state *state = rank->device;
-#ifdef HAVE_OPENBLAS
-    const int has_openblas = 1;
-#else
-    const int has_openblas = 0;
-#endif
-#ifdef __AVX512F__
-    const int own_is_fast = 1;
-#else
-    const int own_is_fast = 0;
-#endif
-    if (choice == VIT_MATMUL_OPENBLAS && !has_openblas)
+    if (choice == VIT_MATMUL_OPENBLAS && !HAS_OPENBLAS)
         return error_set(e, "matrix product by OpenBLAS: this program was built without it");
     if (choice == VIT_MATMUL_AUTO)
-        choice = has_openblas && !own_is_fast ? VIT_MATMUL_OPENBLAS : VIT_MATMUL_OWN;
+        choice = HAS_OPENBLAS && !OWN_IS_FASTEST ? VIT_MATMUL_OPENBLAS : VIT_MATMUL_OWN;
     state->matmul = choice;
     snprintf(state->description, sizeof state->description, "%s", OWN_NAME);
 #ifdef HAVE_OPENBLAS
@@ -1010,44 +970,31 @@ static int cpu_open(rt_rank *rank, error_text *e) {
     rank->allocate = allocate;
     rank->release = release;
 #ifdef HAVE_OPENBLAS
-    openblas_set_num_threads(1); /* of the calls from this thread: the device has its own team */
+    openblas_set_num_threads(1); /* for calls from this thread: the device brings its own team */
 #endif
     return vit_cpu_matmul(rank, VIT_MATMUL_AUTO, e);
 }
 
 static void cpu_close(rt_rank *rank) {
     cpu_state *state = rank->device;
-    if (!state) return;
-    free(state->scratch);
+    if (state) free(state->scratch);
     free(state);
     rank->device = NULL;
 }
 
-const vit_device vit_cpu = {.name = "cpu",
-                            .types = 1u << RT_FP32,
-                            .open = cpu_open,
-                            .close = cpu_close,
-                            .copy_in = copy_in,
-                            .copy_out = copy_out,
-                            .attention_saved = attention_saved,
-                            .linear_forward = linear_forward,
-                            .linear_backward = linear_backward,
-                            .layernorm_forward = layernorm_forward,
-                            .layernorm_backward = layernorm_backward,
-                            .attention_forward = attention_forward,
-                            .attention_backward = attention_backward,
-                            .residual_forward = residual_forward,
-                            .residual_backward = residual_backward,
-                            .patchify_forward = patchify_forward,
-                            .embedding_forward = embedding_forward,
-                            .embedding_backward = embedding_backward,
-                            .cross_entropy_forward = cross_entropy_forward,
-                            .cross_entropy_backward = cross_entropy_backward,
-                            .loss_accumulate = loss_accumulate,
-                            .adamw = adamw,
-                            .sgd = sgd,
-                            .sum_of_squares = sum_of_squares,
-                            .gradient_factor = gradient_factor,
-                            .fill_zero = fill_zero,
-                            .add = add,
-                            .sum_buffers = sum_buffers};
+/* clang-format off */
+const vit_device vit_cpu = {
+    .name = "cpu", .types = 1u << RT_FP32, .open = cpu_open, .close = cpu_close,
+    .copy_in = copy_in, .copy_out = copy_out,
+    .linear_forward = linear_forward,               .linear_backward = linear_backward,
+    .layernorm_forward = layernorm_forward,         .layernorm_backward = layernorm_backward,
+    .attention_saved = attention_saved,
+    .attention_forward = attention_forward,         .attention_backward = attention_backward,
+    .residual_forward = residual_forward,           .residual_backward = residual_backward,
+    .patchify_forward = patchify_forward,
+    .embedding_forward = embedding_forward,         .embedding_backward = embedding_backward,
+    .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,
+    .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
+    .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
+    .fill_zero = fill_zero, .add = add, .sum_buffers = sum_buffers,
+};

@@ -1,12 +1,12 @@
-/* bench_cpu.c - how fast the operations of vit_cpu.c are, as fractions of what this machine can do. Not a test.
+/* bench_cpu.c - how fast the operations of vit_cpu.c are, as fractions of what this machine can do. No test.
  *
- *     ./bench_cpu [threads]
+ *     ./bench_cpu [threads [shape]]         shape: Ti/16, S/16, B/32 or CIFAR-10
  *
- * Every line is the median of ROUNDS rounds. In a round each side (own product, OpenBLAS) has its turn, and just before
- * and after each turn a probe measures the limit with the same threads: multiply-adds between registers for what is
- * arithmetic, a triad over memory for what is traffic. So the fractions mean something on a machine whose speed wavers;
- * the GFLOP/s and GB/s are only as steady as the machine. Rows of an operation are kept by the caches between turns
- * where they fit, as they are within a training step.
+ * Every line is the median of ROUNDS rounds. In a round each side (own product, OpenBLAS) has its turn, and
+ * just before and after each turn a probe measures the limit with as many threads: multiply-adds on registers
+ * for what is arithmetic, a triad over memory for what is traffic. So the fractions mean something where a
+ * machine's speed wavers; GFLOP/s and GB/s do only on a quiet one. Operands that fit into a cache stay there from
+ * one repetition to the next, which is why light operations exceed the triad.
  */
 #define RUNTIME_IMPLEMENTATION
 #include "vit.h"
@@ -43,7 +43,7 @@ typedef struct {
     rt_block x, y, pre, dx, w, dw, vector, qkv, saved, counters, scalars, triad[3];
 } bench;
 
-/* ------------------------------------------------------------------------------------------------------- probes */
+/* ------------------------------------------------------------------------------------------------- probes */
 
 /* Seconds: of one thread's own time, which other processes cannot take; of the wall clock for several. */
 static double now(int threads) {
@@ -80,7 +80,7 @@ static double triad_peak(bench *b, int threads) {
     return 3.0 * TRIAD * sizeof(float) / (now(threads) - start);
 }
 
-/* ---------------------------------------------------------------------------------------------------- measuring */
+/* ---------------------------------------------------------------------------------------------- measuring */
 
 typedef void operation(bench *b, size_t in, size_t out);
 
@@ -133,7 +133,7 @@ static void line(bench *b, const char *name, operation *run, size_t in, size_t o
     printf("\n");
 }
 
-/* --------------------------------------------------------------------------------------------------- operations */
+/* --------------------------------------------------------------------------------------------- operations */
 
 static const rt_block none;
 

@@ -34,13 +34,15 @@ typedef struct {
 
 static int on_stage(rt_rank *rank, void *pointer) {
     stage *s = pointer;
-    dist_comm comm;
+    dist_comm *comm = calloc(1, sizeof *comm); /* on the heap: sanitizers see who uses it afterwards */
     error_text e;
-    if (s->device->open(rank, &e)) return rt_fail(rank, "%s", e.text);
-    if (dist_comm_open(&comm, s->hub, rank, s->device)) return -1;
-    int status = s->body(&comm, s->argument);
-    dist_comm_close(&comm);
+    assert_non_null(comm);
+    assert_int_equal(s->device->open(rank, &e), 0);
+    assert_int_equal(dist_comm_open(comm, s->hub, rank, s->device), 0);
+    int status = s->body(comm, s->argument);
+    dist_comm_close(comm);
     s->device->close(rank);
+    free(comm);
     return status;
 }
 
@@ -688,13 +690,45 @@ static void a_rank_that_leaves_early_is_named(void **state) {
     }
 }
 
-/* A collective that takes long. */
+/* A transport on which rank 2 is held up until the others have failed and left. */
+static void held_post(dist_comm *comm, const dist_call *calls, size_t n) {
+    rt_world *world = comm->rank->world;
+    for (int left = 0; comm->index == 2 && left < 2; usleep(100)) {
+        pthread_mutex_lock(&world->lock);
+        left = world->ranks[0].left + world->ranks[1].left;
+        pthread_mutex_unlock(&world->lock);
+    }
+    dist__local_post(comm, calls, n);
+}
+
+static const dist_transport held = {"held", held_post};
+
+static int late_post_body(dist_comm *comm, void *argument) {
+    static const char *const units[] = {"a", "b", "c"};
+    (void)argument;
+    rt_event done = {0};
+    comm->transport = &held;
+    post(comm, DIST_BARRIER, (rt_block){0}, (rt_block){0}, 0, units[comm->index], NULL, &done);
+    rt_wait(comm->rank, RT_HOST, &done);
+    return 0;
+}
+
+static void a_post_that_comes_after_the_failure_finds_nobody(void **state) {
+    (void)state;
+    ending end = run(3, late_post_body, NULL);
+    assert_non_null(
+        strstr(end.message, " disagree on the unit of launch 0 of communicator world: barrier of 0"));
+    assert_non_null(strstr(end.table, "     2 running  nothing posted\n"));
+}
+
+/* A collective that goes on for a while after the world has failed. */
 static struct { atomic_int posted, inside; /* ranks that wait for it; is it being executed? */ } slow;
 
 static void slow_sum_buffers(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from,
                              size_t n_from) {
     atomic_store(&slow.inside, 1);
-    usleep(30000);
+    while (!rt_failed(s->rank)) usleep(100);
+    usleep(20000);
     vit_cpu.sum_buffers(s, to, n_to, from, n_from);
     atomic_store(&slow.inside, 0);
 }
@@ -800,6 +834,7 @@ int main(void) {
         cmocka_unit_test(a_rank_that_returns_an_error_fails_the_world),
         cmocka_unit_test(a_deadlock_is_found_and_shown),
         cmocka_unit_test(a_rank_that_leaves_early_is_named),
+        cmocka_unit_test(a_post_that_comes_after_the_failure_finds_nobody),
         cmocka_unit_test(memory_outlives_the_collective_that_works_on_it),
         cmocka_unit_test(closing_waits_for_slower_ranks),
         cmocka_unit_test(worlds_of_all_sizes_come_one_after_another),
