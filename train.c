@@ -132,6 +132,8 @@ static int prepare_data(run *r, dataset_kind kind, error_text *e) {
     if (d->channels != c->channels && !(d->channels == 1 && c->channels == 3))
         return error_set(e, "%s has images of %zu channels, the model takes %zu", dataset_kind_names[kind],
                          d->channels, c->channels);
+    if (c->channels == 1 && (o->mean.count == 3 || o->std.count == 3))
+        return error_set(e, "--mean, --std: found three numbers, expected one for grey images");
     for (int i = 0; i < 3; i++) { /* the user's, else the loaded model's, else the data set's */
         if (o->mean.count)
             r->val.mean[i] = (float)o->mean.values[o->mean.count == 1 ? 0 : i];
@@ -155,8 +157,7 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     size_t n = r->ranks = o->nproc_per_node, cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN),
            M = o->gradient_accumulation_steps;
     if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > n ? cores / n : 1;
-    if (o->strategy < 0) o->strategy = n > 1 && !r->evaluating ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
-    if (r->evaluating && n > 1) o->strategy = CHOICE_STRATEGY_DDP;
+    if (o->strategy < 0) o->strategy = n > 1 ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
     if (o->backend < 0) o->backend = CHOICE_BACKEND_LOCAL;
     if (o->gradient_reduction < 0) o->gradient_reduction = CHOICE_REDUCTION_LAST;
     if (o->learning_rate != o->learning_rate) o->learning_rate = recipes[kind].learning_rate;

@@ -467,6 +467,13 @@ static inline int options_parse(const option_table *table, int argc, char **argv
     if (command->not_built_yet) return error_set(e, "%s is not built yet", command->name);
     state->command = (size_t)(command - table->commands);
     for (state->arguments = argv + i; i < argc; i++) {
+        const option_command *other = argv[i][0] == '-' ? options_find_command(table, argv[i]) : NULL;
+        if (other) { /* COMMAND ... --help: as "help COMMAND" */
+            state->command = (size_t)(other - table->commands);
+            state->arguments = argv + 1;
+            state->argument_count = command != other && options_find_command(table, argv[1]) == command;
+            return 0;
+        }
         if (argv[i][0] == '-') {
             if (option_from_arguments(table, argc, argv, &i, values, e)) return -1;
         } else if (command->takes_arguments) {

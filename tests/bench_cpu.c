@@ -4,9 +4,9 @@
  *
  * Every line is the median of ROUNDS rounds. In a round each side (own product, OpenBLAS) has its turn, and
  * just before and after each turn a probe measures the limit with as many threads: multiply-adds on registers
- * for what is arithmetic, a triad over memory for what is traffic. So the fractions mean something where a
- * machine's speed wavers; GFLOP/s and GB/s do only on a quiet one. Operands that fit into a cache stay there from
- * one repetition to the next, which is why light operations exceed the triad.
+ * for what is arithmetic, a triad over memory for what is traffic. So the fractions mean something where the
+ * speed of a machine wavers; GFLOP/s and GB/s do only on a quiet one. Operands that fit into a cache stay
+ * there from one repetition to the next, which is why light operations exceed the triad.
  */
 #define RUNTIME_IMPLEMENTATION
 #include "vit.h"

@@ -342,7 +342,6 @@ static void test_bad_command_lines(void **state) {
         {{"--no-shufle"}, "unknown option --no-shufle, did you mean --no-shuffle?"},
         {{"-epochs", "3"}, "unknown option -epochs, did you mean --epochs?"},
         {{"---epochs", "3"}, "unknown option ---epochs, did you mean --epochs?"},
-        {{"eval", "--help"}, "unknown option --help, did you mean help?"},
         {{"-"}, "unknown option -, did you mean"},
         {{"--"}, "unknown option --, did you mean"},
         {{"--=3"}, "unknown option --, did you mean"},
@@ -468,6 +467,13 @@ static void test_commands_and_arguments(void **state) {
     assert_string_equal(p->o.state.arguments[0], "eval");
     PARSE_OK(p, "-h");
     assert_int_equal(p->o.state.command, COMMAND_HELP);
+    PARSE_OK(p, "eval", "--seed", "3", "--help"); /* as "help eval" */
+    assert_int_equal(p->o.state.command, COMMAND_HELP);
+    assert_int_equal(p->o.state.argument_count, 1);
+    assert_string_equal(p->o.state.arguments[0], "eval");
+    PARSE_OK(p, "--seed", "3", "--help");
+    assert_int_equal(p->o.state.command, COMMAND_HELP);
+    assert_int_equal(p->o.state.argument_count, 0);
 }
 
 /* ------------------------------------------------------------------------------------ configuration files */
