@@ -603,10 +603,7 @@ static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_blo
             const size_t rows = min_size(MR, T - i);
             float *p = floats(saved) + (pair * T + i) * ld;
             multiply_panels(p, ld, (matrix){q + i * 3 * D, 3 * D, 0}, 0, kt_panels, rows, ld, hd, 0);
-            for (size_t r = 0; r < rows; r++) {
-                for (size_t j = T; j < ld; j++) p[r * ld + j] = -INFINITY; /* whole vectors, no remainder */
-                softmax(p + r * ld, ld, scale);
-            }
+            for (size_t r = 0; r < rows; r++) softmax(p + r * ld, T, scale);
             multiply_panels(o + i * D, D, (matrix){p, ld, 0}, 0, v_panels, rows, hd, T, 0);
         }
     }
