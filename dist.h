@@ -60,7 +60,7 @@ typedef struct dist_call {
     dist_op op;
     rt_block in, out;
     int peer;         /* the root of broadcast and reduce, the other rank of send and recv */
-    const char *unit; /* what it is for; ranks must agree on it */
+    const char *unit; /* what it is for; ranks must agree on it; the text must outlive the run */
     int stream;       /* RT_COMMUNICATION */
     rt_event *wait;   /* what must have happened first, or NULL */
     rt_event *done;   /* signalled at the end, or NULL */
@@ -88,7 +88,7 @@ typedef struct dist_comm {
     dist_call group[DIST_GROUP];
     size_t grouped;
     int grouping;
-    rt_event own_done, *last; /* for calls that signal nothing; of the last call posted */
+    rt_event own_done; /* for calls that signal nothing */
     dist_traffic traffic[DIST_OPS];
     void (*observe)(void *observer, const dist_call *call); /* sees every call posted; or NULL */
     void *observer;
@@ -526,7 +526,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         memcpy(done->clock, s->clock, sizeof done->clock);
         done->recorded = 1;
         done->done = 0;
-        s->tail = comm->last = done;
+        s->tail = done;
     }
     rank->last = dist__note(comm->name, part, 0);
     const dist__part *first = &m->part[m->first];

@@ -560,10 +560,9 @@ static int log_start(trainer *t) {
     if (log_line(t, line) || r->o.quiet) return 0;
     const train_options *o = &r->o;
     fprintf(stderr,
-            "%s, %zux%zu images, patch %zu, dim %zu, depth %zu, heads %zu, %zu classes: %zu parameters\n",
-            r->config.name, r->config.image_height, r->config.image_width, r->config.patch_size,
-            r->config.embed_dim, r->config.depth, r->config.num_heads, r->config.num_classes,
-            r->model.parameters);
+            "ViT of %zux%zu images, patch %zu, dim %zu, depth %zu, heads %zu, %zu classes: %zu parameters\n",
+            r->config.image_height, r->config.image_width, r->config.patch_size, r->config.embed_dim,
+            r->config.depth, r->config.num_heads, r->config.num_classes, r->model.parameters);
     fprintf(stderr, "%s: %zu training images, %zu validation images\n", dataset_kind_names[r->val.kind],
             r->train.count, r->val.count);
     fprintf(stderr, "strategy %s on %zu rank%s of %zu thread%s, %s\n", t->d.strategy->name, r->ranks,

@@ -976,7 +976,12 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
                          size_t B) {
     *a = (vit_activations){
         .B = B, .out = calloc(m->units, sizeof(rt_block)), .saved = calloc(m->units, sizeof(rt_block))};
-    if (!a->out || !a->saved) return rt_fail(rank, "rank %d: out of memory", rank->rank);
+    if (!a->out || !a->saved) {
+        free(a->out);
+        free(a->saved);
+        *a = (vit_activations){0};
+        return rt_fail(rank, "rank %d: out of memory", rank->rank);
+    }
     if (B < 1) return rt_fail(rank, "rank %d: impossible batch of 0 images", rank->rank);
     size_t pixels = vit__count(m->C, m->config.image_height, m->config.image_width);
     a->batch.images = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, pixels, 1), 1);
