@@ -242,7 +242,9 @@ int main(int argc, char **argv) {
     printf("%s, %d threads; limits now: %.0f GFLOP/s, %.1f GB/s\n", vit_cpu_description(&b.world.ranks[0]),
            b.world.ranks[0].threads, 1e-9 * fma_peak(b.world.ranks[0].threads),
            1e-9 * triad_peak(&b, b.world.ranks[0].threads));
+    int known = 0;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        if (!only || !strcmp(only, shapes[i].name)) bench_shape(&b, shapes[i]);
-    return 0;
+        if (!only || !strcmp(only, shapes[i].name)) bench_shape(&b, shapes[i]), known = 1;
+    return known ? 0
+                 : (fprintf(stderr, "unknown shape %s, expected Ti/16, S/16, B/32 or CIFAR-10\n", only), 2);
 }

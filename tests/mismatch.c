@@ -2,8 +2,8 @@
  *
  *     mismatch 0 | wrong_operation | wrong_count | ...        0: nobody errs
  *
- * Ends as the program does: a failure is one line "train: error: ..." and a table on stderr, and exit status 1. Says on
- * stdout how long the run took, from its start, which is before the fault, to the report. */
+ * Ends as the program does: a failure is one line "train: error: ..." and a table on stderr, and exit
+ * status 1. Says on stdout how long the run took, from its start, which is before the fault, to the report. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,7 +13,7 @@
 
 enum { RANKS = 3, ERRING = 1, MOST_CALLS = 6, MOST_ELEMENTS = 256 };
 
-/* ----------------------------------------------------------------------------------------------- plans and faults */
+/* --------------------------------------------------------------------------------------- plans and faults */
 
 typedef struct {
     dist_op op;
@@ -108,7 +108,7 @@ static void follow(dist_comm *comm, const plan *p) {
     rt_free(rank, RT_WORKSPACE, &integers);
 }
 
-/* --------------------------------------------------------------------------------------- training with other options */
+/* ---------------------------------------------------------------------------- training with other options */
 
 static void other_bucket_size(dist_options *o) { o->bucket_size_mb = 0; }
 static void fewer_micro_batches(dist_options *o) { o->accumulation = 1; }
@@ -142,7 +142,7 @@ static void train(dist_comm *comm, const vit_model *m, void (*err)(dist_options 
     dist_close(&d);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- program */
+/* ------------------------------------------------------------------------------------------------ program */
 
 typedef struct {
     const char *name;

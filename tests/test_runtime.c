@@ -1,9 +1,10 @@
 /* test_runtime.c - what stands below the operations: blocks, the ledger, streams and their clocks, the
  * happens-before checker, and how ranks fail.
  *
- * The checker is held against planted races and against an oracle that computes happens-before on random programs as
- * reachability in a graph. Times are compared with what the definition gives for clocks that were set by hand, 100
- * virtual seconds apart: what the operations really take is lost in that. A hang ends in SIGALRM. */
+ * The checker is held against planted races and against an oracle that computes happens-before on random
+ * programs as reachability in a graph. Times are compared with what the definition gives for clocks that were
+ * set by hand, 100 virtual seconds apart: what the operations really take is lost in that. A hang ends in
+ * SIGALRM. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -18,7 +19,7 @@
 #define DIST_IMPLEMENTATION
 #include "dist.h"
 
-/* ------------------------------------------------------------------------------------------------- worlds for tests */
+/* --------------------------------------------------------------------------------------- worlds for tests */
 
 enum { MOST_RANKS = 5 };
 
@@ -101,7 +102,7 @@ static rt_block floats(dist_comm *comm, size_t count) {
     return rt_alloc(comm->rank, RT_WORKSPACE, RT_FP32, count, 1);
 }
 
-/* ------------------------------------------------------------------------------------------------ types and slices */
+/* --------------------------------------------------------------------------------------- types and slices */
 
 static void types_have_their_sizes(void **state) {
     (void)state;
@@ -129,7 +130,7 @@ static void slices_count_elements_and_share_the_track(void **state) {
     assert_null(rt_slice((rt_block){.count = 32}, 10, 5).data); /* an absent block stays absent */
 }
 
-/* ---------------------------------------------------------------------------------------------------------- ledger */
+/* ------------------------------------------------------------------------------------------------- ledger */
 
 static int ledger_body(dist_comm *comm, void *argument) {
     (void)argument;
@@ -292,7 +293,7 @@ static void every_refused_allocation_is_one_error(void **state) {
     vit_model_free(&model);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- clocks */
+/* ------------------------------------------------------------------------------------------------- clocks */
 
 static void operate(rt_rank *rank, int stream, int milliseconds) {
     if (!rt_begin(rank, stream, "operation", RT_BLOCKS({0}), RT_BLOCKS({0}))) return;
@@ -374,12 +375,12 @@ static void a_collective_starts_when_it_is_ready_on_all_ranks(void **state) {
     }
 }
 
-/* --------------------------------------------------------------------------------------------------------- checker */
+/* ------------------------------------------------------------------------------------------------ checker */
 
-/* Programs of one rank, a word a step: a stream (H host, C compute, X communication), then r or w and what the
- * operation reads or writes, or ! or ? and an event that the stream records or waits for. "Cwa C!1 X?1 Xra": compute
- * writes a and records event 1, for which communication waits before it reads a. The blocks: a, s a slice of a, b,
- * and u, which spans a and b. */
+/* Programs of one rank, a word a step: a stream (H host, C compute, X communication), then r or w and what
+ * the operation reads or writes, or ! or ? and an event that the stream records or waits for. "Cwa C!1 X?1
+ * Xra": compute writes a and records event 1, for which communication waits before it reads a. The blocks: a,
+ * s a slice of a, b, and u, which spans a and b. */
 enum { MOST_STEPS = 20, WORD = 4 };
 
 typedef struct {
@@ -485,8 +486,9 @@ static void planted_races_are_named_and_correct_orders_are_silent(void **state) 
     }
 }
 
-/* The first step of a program that races, or their number. before[i] is the set of steps that happen before step i:
- * those before the last one of its stream, before the host's last one, and, for a wait, before the event's record. */
+/* The first step of a program that races, or their number. before[i] is the set of steps that happen before
+ * step i: those before the last one of its stream, before the host's last one, and, for a wait, before the
+ * event's record. */
 static int oracle(const char *text, int steps) {
     uint32_t before[MOST_STEPS], last_of_stream[RT_STREAMS] = {0}, recorded[10] = {0};
     for (int i = 0; i < steps; i++) {
@@ -581,7 +583,7 @@ static void without_the_flag_nothing_is_checked(void **state) {
     rt_world_free(&world);
 }
 
-/* -------------------------------------------------------------------------------------------------------- failures */
+/* ----------------------------------------------------------------------------------------------- failures */
 
 static int second_failure_body(dist_comm *comm, void *argument) {
     (void)argument;
@@ -793,7 +795,7 @@ static void closing_waits_for_slower_ranks(void **state) {
     vit_model_free(&l.model);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- worlds */
+/* ------------------------------------------------------------------------------------------------- worlds */
 
 static int sum_body(dist_comm *comm, void *argument) {
     pthread_t *caller = argument;

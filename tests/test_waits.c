@@ -2,9 +2,9 @@
  *
  *     cc -DDIST_TEST_SKIP_WAIT ... tests/test_waits.c vit_cpu.c -lcmocka -lm -lpthread
  *
- * A training runs once to count the waits of a rank, then once for each of them, in which the rank leaves out this one.
- * The run must stop as a race. If it does not, the wait orders nothing and is needless, or the checker is blind. The
- * numbers would not tell: on a CPU an operation has run when its call returns. */
+ * A training runs once to count the waits of a rank, then once for each of them, in which the rank leaves out
+ * this one. The run must stop as a race. If it does not, the wait orders nothing and is needless, or the
+ * checker is blind. The numbers would not tell: on a CPU an operation has run when its call returns. */
 #include "tests/world.h"
 
 int dist_test_skip_rank;
