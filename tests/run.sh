@@ -5,7 +5,7 @@
 # each name.
 set -u
 export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000 # ranks are threads: they must not spin on busy cores
-export UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
+export UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1:allocator_may_return_null=1
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 passed=0 failed=0 skipped=0
