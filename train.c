@@ -557,6 +557,12 @@ static int log_start(trainer *t) {
     cJSON_AddStringToObject(line, "device", t->d.device->name);
     cJSON_AddStringToObject(line, "precision", "fp32");
     metrics_add_count(line, "steps", r->steps);
+    size_t rows = r->config.image_height % r->config.patch_size,
+           columns = r->config.image_width % r->config.patch_size;
+    if (rows || columns) /* as timm's convolution of that stride does */
+        fprintf(stderr,
+                "train: warning: the last %zu rows and %zu columns of an image are in no patch of %zu\n",
+                rows, columns, r->config.patch_size);
     if (log_line(t, line) || r->o.quiet) return 0;
     const train_options *o = &r->o;
     fprintf(stderr,
