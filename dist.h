@@ -387,17 +387,16 @@ static int dist__expects(const dist__meeting *m, int rank) {
 static int dist__expected(const dist_hub *hub, const dist__meeting *m) { return m->pair ? 2 : hub->size; }
 
 /* A rank that has returned can no longer come to the meetings that wait for it. */
-static void dist__check_left(dist_hub *hub, dist__meeting *m, rt_rank *rank) {
+static void dist__check_left(const dist__meeting *m, rt_rank *rank) {
     if (!m->open || !dist__expects(m, rank->rank) || m->part[rank->rank].rank) return;
     const dist_call *c = &m->part[m->first].call[0];
     rt_fail_with_table(rank, "rank %d left while rank %d waits for it in %s %llu (%s)", rank->rank, m->first,
                        dist_op_name(c->op), (unsigned long long)m->sequence, c->unit);
-    (void)hub;
 }
 
 static void dist__left(void *transport, rt_rank *rank) {
     dist_hub *hub = transport;
-    for (int i = 0; i < DIST_RING; i++) dist__check_left(hub, &hub->meeting[i], rank);
+    for (int i = 0; i < DIST_RING; i++) dist__check_left(&hub->meeting[i], rank);
 }
 
 /* The meeting that this launch belongs to, opened if this rank is the first; NULL: the world has failed. */
@@ -545,7 +544,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
                            dist__elements(y), y->unit);
     }
     for (int r = 0; r < hub->size; r++)
-        if (hub->world->ranks[r].left) dist__check_left(hub, m, &hub->world->ranks[r]);
+        if (hub->world->ranks[r].left) dist__check_left(m, &hub->world->ranks[r]);
     if (++m->arrived == dist__expected(hub, m) &&
         !rt_failed(rank)) { /* the last to arrive executes it for all */
         rank->world->executing++;
@@ -688,15 +687,19 @@ static rt_block dist__gradient_target(dist *d, size_t u) {
     return target;
 }
 
+/* Adds to unit u's gradient that of a later micro-batch, which no rank has summed yet. */
+static void dist__accumulate(dist *d, size_t u) {
+    rt_block g = dist__unit(d, d->grads, u);
+    vit_add(&d->context, g, rt_slice(d->slot[0], 0, g.count));
+}
+
 /* Unit u's gradient is there: adds it to those of earlier micro-batches and, when its bucket is full, lets
  * the ranks sum it (op: all-reduce, or reduce to rank 0). */
 static void dist__reduce_gradient(dist *d, size_t u, dist_op op) {
     size_t index = d->bucket_of[u], slot = dist__slot(d, index);
     dist_bucket *b = &d->bucket[index];
     int every = d->options.reduction == DIST_REDUCE_EVERY, later = d->micro > 0;
-    if (later && !every)
-        vit_add(&d->context, dist__unit(d, d->grads, u),
-                rt_slice(d->slot[0], 0, d->offset[u + 1] - d->offset[u]));
+    if (later && !every) dist__accumulate(d, u);
     if (u != b->first || (!every && d->micro + 1 < d->options.accumulation)) return;
     rt_block g = dist__units(d, d->grads, b->first, b->last);
     rt_event *reduced = &b->reduced;
@@ -784,9 +787,7 @@ static int single_open(dist *d, error_text *e) {
 }
 
 static void single_post_backward(dist *d, size_t u) {
-    if (d->micro > 0)
-        vit_add(&d->context, dist__unit(d, d->grads, u),
-                rt_slice(d->slot[0], 0, d->offset[u + 1] - d->offset[u]));
+    if (d->micro > 0) dist__accumulate(d, u);
 }
 
 /* ------------------------------------------------------------------------------------------- strategy: dp */

@@ -734,13 +734,14 @@ static int prepare_output(run *r, error_text *e) {
     return 0;
 }
 
-static int run_ranks(run *r, error_text *e, char **table) {
+/* Runs body(rank, r) as every rank. -1: e and perhaps *table, for the caller to free, say why. */
+static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char **table) {
     rt_world world;
     if (rt_world_init(&world, (int)r->ranks, RT_CHECK))
         return error_set(e, "out of memory for %zu ranks", r->ranks);
     int failed = -1;
     if ((r->hub = dist_hub_create(&world)))
-        failed = rt_run(&world, rank_body, r);
+        failed = rt_run(&world, body, r);
     else
         error_set(e, "out of memory for %zu ranks", r->ranks);
     if (failed && r->hub) *e = world.error;
@@ -808,7 +809,6 @@ static int env_body(rt_rank *rank, void *argument) {
 static int command_env(run *r, error_text *e, char **table) {
     struct utsname host;
     size_t cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN);
-    rt_world world;
     uname(&host);
     r->ranks = r->o.nproc_per_node;
     if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > r->ranks ? cores / r->ranks : 1;
@@ -818,14 +818,7 @@ static int command_env(run *r, error_text *e, char **table) {
            1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
     printf("devices            cpu (cuda is not built yet)\nbackends           local (tcp, mpi and nccl are "
            "not built yet)\n");
-    if (rt_world_init(&world, (int)r->ranks, RT_CHECK) || !(r->hub = dist_hub_create(&world)))
-        return error_set(e, "out of memory for %zu ranks", r->ranks);
-    int failed = rt_run(&world, env_body, r);
-    *e = world.error;
-    if (world.table) *table = strdup(world.table);
-    dist_hub_free(r->hub);
-    rt_world_free(&world);
-    return failed;
+    return run_ranks(r, env_body, e, table);
 }
 
 static int command_help(const train_options *o, error_text *e) {
@@ -875,7 +868,7 @@ int main(int argc, char **argv) {
             error_set(&e, "eval: found no --checkpoint, expected the model to evaluate");
             status = 2;
         } else if (!prepare(r, &e) && (r->evaluating || !prepare_output(r, &e))) {
-            status = run_ranks(r, &e, &table) ? 1 : 0;
+            status = run_ranks(r, rank_body, &e, &table) ? 1 : 0;
         }
     }
     if (!status && (fflush(stdout) || ferror(stdout)))
