@@ -136,14 +136,16 @@ typedef struct dist_options {
     vit_adamw_options adamw;
     vit_sgd_options sgd;
     double gradient_clipping; /* 0: off */
-    size_t counts;            /* dist_sum will be asked for so many numbers at most */
+    double layer_decay; /* unit u learns at layer_decay^(units - 1 - u) times the rate; 0 and 1: all alike */
+    size_t counts;      /* dist_sum will be asked for so many numbers at most */
 } dist_options;
 
-/* The part of a unit that this rank updates and saves: elements [lo, hi) of its parameters. `squares` is the
- * part of the gradient that it adds to the norm: over all ranks they cover the gradient once. */
+/* The part of a unit that this rank saves, elements [lo, hi) of its parameters, and that it updates, [lo,
+ * trained): the rest is frozen. `squares` is the part of the gradient that it adds to the norm: over all
+ * ranks they cover the gradient once. */
 typedef struct dist_shard {
-    size_t lo, hi;
-    rt_block param, grad, squares, state[2];
+    size_t lo, hi, trained;
+    rt_block param, grad, squares, state[2]; /* of [lo, hi), [lo, trained), -, [lo, trained) */
 } dist_shard;
 
 /* A run of consecutive units whose gradients are reduced by one collective. */
@@ -163,7 +165,9 @@ typedef struct dist {
     vit_activations activations;
 
     size_t *offset; /* [units + 1]: where each unit begins in the flat buffers; multiples of 16 x ranks */
-    rt_block params, grads;     /* all units, one track each */
+    size_t first_trained;       /* units before it are frozen: no backward, no gradient, no optimizer state */
+    rt_block params;            /* all units, one track each */
+    rt_block grads;             /* units from first_trained on, one track each */
     dist_shard *shard;          /* [units] */
     int saves;                  /* this rank writes its shards into checkpoints */
     dist_bucket *bucket;        /* in the order in which backward makes them ready: from the head down */
@@ -176,7 +180,7 @@ typedef struct dist {
     size_t micro; /* micro-batch of the step, from 0 */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
-    int stale;         /* dp: the root has parameters that the others lack */
+    size_t stale;      /* dp: the root has parameters of units from this one on that the others lack */
     rt_event *arrived; /* dp: [units] */
 } dist;
 
@@ -593,20 +597,18 @@ void dist_comm_close(dist_comm *comm) {
 
 /* ---------------------------------------------------------------------------- what strategies are made of */
 
-/* The unit's run of a flat buffer. */
-static rt_block dist__unit(const dist *d, rt_block flat, size_t u) {
-    rt_block b = rt_slice(flat, d->offset[u], d->offset[u + 1] - d->offset[u]);
-    b.track = flat.track + u;
-    b.tracks = 1;
+/* Units first .. last of a flat buffer that begins with unit `base`, as one block. */
+static rt_block dist__units(const dist *d, rt_block flat, size_t base, size_t first, size_t last) {
+    rt_block b = rt_slice(flat, d->offset[first] - d->offset[base], d->offset[last + 1] - d->offset[first]);
+    b.track = flat.track + (first - base);
+    b.tracks = last - first + 1;
     return b;
 }
 
-/* Units first .. last of a flat buffer as one block. */
-static rt_block dist__units(const dist *d, rt_block flat, size_t first, size_t last) {
-    rt_block b = rt_slice(flat, d->offset[first], d->offset[last + 1] - d->offset[first]);
-    b.track = flat.track + first;
-    b.tracks = last - first + 1;
-    return b;
+static rt_block dist__params(const dist *d, size_t u) { return dist__units(d, d->params, 0, u, u); }
+
+static rt_block dist__grads(const dist *d, size_t first, size_t last) {
+    return dist__units(d, d->grads, d->first_trained, first, last);
 }
 
 /* Posts a collective from root 0 on the communication stream. */
@@ -623,13 +625,14 @@ static int dist__cut_buckets(dist *d, double limit_mb) {
     d->bucket = calloc(n, sizeof *d->bucket);
     d->bucket_of = calloc(n, sizeof *d->bucket_of);
     if (!d->bucket || !d->bucket_of) return rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
-    for (size_t u = n, last = n - 1; u-- > 0;) {
+    for (size_t u = n, last = n - 1; u-- > d->first_trained;) {
         double limit = d->buckets == 0 && limit_mb > 1 ? 1 : limit_mb;
         size_t count = d->offset[last + 1] - d->offset[u];
         d->bucket_of[u] = d->buckets;
         d->bucket[d->buckets] =
             (dist_bucket){.first = u, .last = last, .offset = d->offset[u], .count = count};
-        if (u > 0 && (double)(count * rt_type_size(d->model->type)) < limit * (1 << 20)) continue;
+        if (u > d->first_trained && (double)(count * rt_type_size(d->model->type)) < limit * (1 << 20))
+            continue;
         d->buckets++;
         last = u - 1;
     }
@@ -643,7 +646,7 @@ static int dist__alloc_slots(dist *d) {
     if (d->options.accumulation < 2) return 0;
     for (size_t b = 0; every && b < d->buckets; b++)
         if (largest < d->bucket[b].count) largest = d->bucket[b].count;
-    for (size_t u = 0; !every && u < d->model->units; u++)
+    for (size_t u = d->first_trained; !every && u < d->model->units; u++)
         if (largest < d->offset[u + 1] - d->offset[u]) largest = d->offset[u + 1] - d->offset[u];
     for (size_t i = 0; i <= every; i++)
         d->slot[i] =
@@ -661,8 +664,7 @@ static void dist__collect(dist *d, size_t slot) {
     if (!b) return;
     dist__wait(d->comm, RT_COMPUTE, &d->slot_reduced[slot]);
     if (d->shard[b->first].hi > 0)
-        vit_add(&d->context, dist__units(d, d->grads, b->first, b->last),
-                rt_slice(d->slot[slot], 0, b->count));
+        vit_add(&d->context, dist__grads(d, b->first, b->last), rt_slice(d->slot[slot], 0, b->count));
     d->owed[slot] = NULL;
 }
 
@@ -672,7 +674,7 @@ static rt_block dist__gradient_target(dist *d, size_t u) {
     const dist_bucket *b = &d->bucket[d->bucket_of[u]];
     const vit_unit *unit = &d->model->unit[u];
     size_t count = d->offset[u + 1] - d->offset[u];
-    if (d->micro == 0) return dist__unit(d, d->grads, u);
+    if (d->micro == 0) return dist__grads(d, u, u);
     rt_block target = rt_slice(d->slot[0], 0, count);
     if (d->options.reduction == DIST_REDUCE_EVERY) {
         size_t slot = dist__slot(d, d->bucket_of[u]);
@@ -689,7 +691,7 @@ static rt_block dist__gradient_target(dist *d, size_t u) {
 
 /* Adds to unit u's gradient that of a later micro-batch, which no rank has summed yet. */
 static void dist__accumulate(dist *d, size_t u) {
-    rt_block g = dist__unit(d, d->grads, u);
+    rt_block g = dist__grads(d, u, u);
     vit_add(&d->context, g, rt_slice(d->slot[0], 0, g.count));
 }
 
@@ -701,7 +703,7 @@ static void dist__reduce_gradient(dist *d, size_t u, dist_op op) {
     int every = d->options.reduction == DIST_REDUCE_EVERY, later = d->micro > 0;
     if (later && !every) dist__accumulate(d, u);
     if (u != b->first || (!every && d->micro + 1 < d->options.accumulation)) return;
-    rt_block g = dist__units(d, d->grads, b->first, b->last);
+    rt_block g = dist__grads(d, b->first, b->last);
     rt_event *reduced = &b->reduced;
     if (later && every) {
         g = rt_slice(d->slot[slot], 0, b->count);
@@ -726,6 +728,24 @@ static void dist__finish_gradient(dist *d) {
 
 enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__NORM = 2, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
 
+/* Updates what this rank owns of elements [begin, end) of a unit, at the learning rate of a layer: with layer
+ * decay that of the layers below falls geometrically (timm's param_groups_layer_decay, after BEiT). */
+static void dist__optimize(dist *d, const vit_unit *unit, size_t begin, size_t end, size_t layer) {
+    dist_shard *s = &d->shard[unit->index];
+    size_t from = begin > s->lo ? begin : s->lo, to = end < s->trained ? end : s->trained;
+    if (from >= to) return;
+    size_t at = from - s->lo, n = to - from, decayed = unit->decayed;
+    double rate = pow(d->options.layer_decay, (double)(d->model->units - 1 - layer));
+    rt_block param = rt_slice(s->param, at, n), grad = rt_slice(s->grad, at, n);
+    rt_block state0 = rt_slice(s->state[0], at, n);
+    decayed = decayed < from ? 0 : decayed < to ? decayed - from : n;
+    if (d->options.optimizer == DIST_ADAMW)
+        vit_adamw(&d->context, param, state0, rt_slice(s->state[1], at, n), grad, d->scalars, decayed, rate,
+                  &d->options.adamw);
+    else
+        vit_sgd(&d->context, param, state0, grad, d->scalars, decayed, rate, &d->options.sgd);
+}
+
 /* The update, common to all: the exact norm of what this rank owns, one small all-reduce that joins the
  * ranks' norms and losses, one factor for average, unscaling and clipping, the optimizer on the shards. */
 static void dist__update(dist *d) {
@@ -743,36 +763,34 @@ static void dist__update(dist *d) {
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
     for (size_t u = 0; u < d->model->units; u++) {
-        dist_shard *s = &d->shard[u];
-        size_t decayed = d->model->unit[u].decayed;
-        if (s->lo == s->hi) continue;
-        decayed = decayed < s->lo ? 0 : decayed < s->hi ? decayed - s->lo : s->hi - s->lo;
-        if (d->options.optimizer == DIST_ADAMW)
-            vit_adamw(c, s->param, s->state[0], s->state[1], s->grad, d->scalars, decayed, &d->options.adamw);
-        else
-            vit_sgd(c, s->param, s->state[0], s->grad, d->scalars, decayed, &d->options.sgd);
+        const vit_unit *unit = &d->model->unit[u];
+        dist__optimize(d, unit, 0, unit->classifier, u);
+        dist__optimize(d, unit, unit->classifier, SIZE_MAX, unit->classifier ? u - 1 : u);
     }
 }
 
 /* Full parameters and gradients on every rank, of which `owners` ranks, from 0 up, own the whole of every
  * unit: they share the work of the norm. */
 static int dist__replicate(dist *d, size_t owners, double bucket_size_mb) {
-    size_t n = d->model->units, me = (size_t)d->comm->index;
+    size_t n = d->model->units, me = (size_t)d->comm->index, first = d->first_trained;
     d->params = rt_alloc(d->rank, RT_PARAMETERS, d->model->type, d->offset[n], n);
-    d->grads = rt_alloc(d->rank, RT_GRADIENTS, d->model->type, d->offset[n], n);
+    d->grads = rt_alloc(d->rank, RT_GRADIENTS, d->model->type, d->offset[n] - d->offset[first], n - first);
     d->saves = me == 0;
     for (size_t u = 0; u < n && me < owners && !rt_failed(d->rank); u++) {
-        size_t count = d->offset[u + 1] - d->offset[u];
-        rt_block grad = dist__unit(d, d->grads, u);
-        d->shard[u] = (dist_shard){.hi = count,
-                                   .param = dist__unit(d, d->params, u),
-                                   .grad = grad,
-                                   .squares = rt_slice(grad, me * (count / owners), count / owners)};
+        const vit_unit *unit = &d->model->unit[u];
+        dist_shard *s = &d->shard[u];
+        *s = (dist_shard){.hi = d->offset[u + 1] - d->offset[u], .param = dist__params(d, u)};
+        if (u < first) continue;
+        s->trained = unit->trainable < unit->count ? unit->trainable : s->hi;
+        size_t granules = s->trained / VIT_GRANULE, begin = granules * me / owners,
+               end = granules * (me + 1) / owners;
+        s->grad = rt_slice(dist__grads(d, u, u), 0, s->trained);
+        s->squares = rt_slice(s->grad, begin * VIT_GRANULE, (end - begin) * VIT_GRANULE);
     }
     return rt_failed(d->rank) || dist__cut_buckets(d, bucket_size_mb) || dist__alloc_slots(d) ? -1 : 0;
 }
 
-static rt_block dist__resident(dist *d, size_t u) { return dist__unit(d, d->params, u); }
+static rt_block dist__resident(dist *d, size_t u) { return dist__params(d, u); }
 
 static void dist__nothing(dist *d, size_t u) { (void)d, (void)u; }
 
@@ -804,18 +822,17 @@ static int dp_open(dist *d, error_text *e) {
 
 static rt_block dp_pre_forward(dist *d, size_t u) {
     int root = d->comm->index == 0;
-    if (d->stale) {
-        if (u == 0 && root) dist__wait(d->comm, RT_COMMUNICATION, &d->stepped);
-        for (size_t v = 0; u == 0 && v < d->model->units;
-             v++) { /* all at once: the later ones travel while units run */
-            rt_block p = dist__unit(d, d->params, v), none = {0};
+    if (u == d->stale) { /* all at once: the later ones travel while units run */
+        if (root) dist__wait(d->comm, RT_COMMUNICATION, &d->stepped);
+        for (size_t v = u; v < d->model->units; v++) {
+            rt_block p = dist__params(d, v), none = {0};
             dist__collective(d, DIST_BROADCAST, root ? p : none, root ? none : p, d->model->unit[v].name,
                              NULL, &d->arrived[v]);
         }
-        if (!root) dist__wait(d->comm, RT_COMPUTE, &d->arrived[u]);
-        if (u + 1 == d->model->units) d->stale = 0;
     }
-    return dist__unit(d, d->params, u);
+    if (u >= d->stale && !root) dist__wait(d->comm, RT_COMPUTE, &d->arrived[u]);
+    if (u + 1 == d->model->units) d->stale = d->model->units;
+    return dist__params(d, u);
 }
 
 static void dp_post_backward(dist *d, size_t u) { dist__reduce_gradient(d, u, DIST_REDUCE); }
@@ -827,7 +844,7 @@ static void dp_step(dist *d) {
         d->owed[0] = d->owed[1] = NULL; /* dist__update's collective comes after theirs: the slots are free */
     dist__update(d);
     rt_record(d->rank, RT_COMPUTE, &d->stepped);
-    d->stale = 1;
+    d->stale = d->first_trained;
 }
 
 /* ------------------------------------------------------------------------------------------ strategy: ddp */
@@ -873,18 +890,20 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     if (!d->strategy) return error_set(e, "no strategy is named %s", options->strategy);
     if (!(d->device->types & 1u << model->type))
         return error_set(e, "device %s does not compute in this type", d->device->name);
+    if (d->options.layer_decay == 0) d->options.layer_decay = 1;
     if (d->options.reduction == DIST_REDUCE_DEFAULT) d->options.reduction = d->strategy->reduction;
     d->offset = calloc(n + 1, sizeof *d->offset);
     d->shard = calloc(n, sizeof *d->shard);
     if (!d->offset || !d->shard) return rt_fail(rank, "rank %d: out of memory", rank->rank);
     for (size_t u = 0; u < n; u++)
         d->offset[u + 1] = d->offset[u] + (model->unit[u].count + unit - 1) / unit * unit;
+    while (d->first_trained < n && model->unit[d->first_trained].trainable == 0) d->first_trained++;
     if (d->strategy->open(d, e)) return -1;
     for (size_t u = 0; u < n; u++)
         for (int i = 0; i < (options->optimizer == DIST_ADAMW ? 2 : 1); i++)
-            if (d->shard[u].lo < d->shard[u].hi)
+            if (d->shard[u].lo < d->shard[u].trained)
                 d->shard[u].state[i] =
-                    rt_alloc(rank, RT_OPTIMIZER, model->type, d->shard[u].hi - d->shard[u].lo, 1);
+                    rt_alloc(rank, RT_OPTIMIZER, model->type, d->shard[u].trained - d->shard[u].lo, 1);
     d->scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
     d->counts = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, options->counts, 1);
@@ -933,7 +952,7 @@ void dist_import(dist *d, size_t u, const float *values) {
     size_t held = dist__held(d, u);
     if (held) vit_copy_in(&d->context, rt_slice(d->shard[u].param, 0, held), values + d->shard[u].lo);
     rt_record(d->rank, RT_COMPUTE, &d->stepped);
-    d->stale = 1;
+    d->stale = 0;
 }
 
 void dist_export(dist *d, size_t u, float *values) {
@@ -958,9 +977,9 @@ static void dist__forward_unit(dist *d, size_t u) {
 static void dist__backward_unit(dist *d, size_t u) {
     vit_activations *a = &d->activations;
     rt_block grads = d->strategy->pre_backward(d, u);
-    vit_unit_backward(&d->context, &d->model->unit[u], dist__unit(d, d->params, u), grads,
+    vit_unit_backward(&d->context, &d->model->unit[u], dist__params(d, u), grads,
                       u ? a->out[u - 1] : (rt_block){0}, a->saved[u], a->gradient[(u + 1) % 2],
-                      a->gradient[u % 2]);
+                      u > d->first_trained ? a->gradient[u % 2] : (rt_block){0});
     d->strategy->post_backward(d, u);
 }
 
@@ -980,7 +999,7 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
     dist__load_batch(d, images, labels, keys);
     for (size_t u = 0; u < d->model->units; u++) dist__forward_unit(d, u);
     vit_loss_accumulate(&d->context, rt_slice(d->control, DIST__LOSS, 2));
-    for (size_t u = d->model->units; u-- > 0;) dist__backward_unit(d, u);
+    for (size_t u = d->model->units; u-- > d->first_trained;) dist__backward_unit(d, u);
 }
 
 void dist_end_step(dist *d, dist_result *result) {

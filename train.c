@@ -85,6 +85,7 @@ static int prepare_config(run *r, dataset_kind kind, error_text *e) {
     if (given(r, &o->num_classes)) c->num_classes = o->num_classes;
     c->drop_path = o->drop_path;
     c->label_smoothing = o->label_smoothing;
+    c->freeze_backbone = o->freeze_backbone;
     if (!c->num_heads || !c->image_height)
         return error_set(e, "%s: its tensors do not tell the %s, expected --%s", r->source.path,
                          c->num_heads ? "image size" : "number of heads",
@@ -674,6 +675,7 @@ static int rank_body(rt_rank *rank, void *argument) {
                       .adamw = {o->beta1, o->beta2, o->eps, o->weight_decay},
                       .sgd = {o->momentum, o->weight_decay},
                       .gradient_clipping = o->gradient_clipping,
+                      .layer_decay = o->layer_decay,
                       .counts = counts > totals ? counts : totals};
     t.order = calloc(r->train.count + 1, sizeof *t.order);
     t.images = calloc(B, pixels * sizeof *t.images);

@@ -52,7 +52,8 @@ typedef struct {
     /* optimisation */
     int optimizer, scheduler;
     double learning_rate, min_learning_rate, weight_decay, beta1, beta2, eps, momentum;
-    double gradient_clipping, label_smoothing, drop_path, mixup, cutmix;
+    double gradient_clipping, label_smoothing, drop_path, mixup, cutmix, layer_decay;
+    bool freeze_backbone;
     size_t warmup_steps, seed;
 
     /* length */
@@ -158,6 +159,10 @@ static const option train_option_list[] = {
      .preset = "0", .help = "share of the target that is spread over all classes"},
     {"optimisation", "drop-path", OPTION_NUMBER, FIELD(drop_path), .range = "[0, 1)", .preset = "0",
      .help = "probability to skip the last block, growing linearly from 0 at the first"},
+    {"optimisation", "layer-decay", OPTION_NUMBER, FIELD(layer_decay), .range = "(0, 1]", .preset = "1",
+     .help = "fine-tuning: learning rate of a layer, in that of the layer above it; the head's is whole"},
+    {"optimisation", "freeze-backbone", OPTION_SWITCH, FIELD(freeze_backbone), .preset = "false",
+     .help = "fine-tuning: train head.weight and head.bias alone"},
     {"optimisation", "mixup", OPTION_NUMBER, FIELD(mixup), .range = "[0, inf)", .preset = "0",
      .not_built_yet = true, .help = "alpha of mixup, 0: off"},
     {"optimisation", "cutmix", OPTION_NUMBER, FIELD(cutmix), .range = "[0, inf)", .preset = "0",

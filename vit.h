@@ -51,6 +51,7 @@ typedef struct vit_config {
     double layer_norm_eps;  /* timm 1e-6, Hugging Face 1e-12 */
     double drop_path;       /* rate of the last block; it grows linearly from 0 in the first */
     double label_smoothing; /* of the loss */
+    int freeze_backbone;    /* only head.weight and head.bias are optimised */
 } vit_config;
 
 /* The configuration of a timm model (3 channels, 1000 classes, eps 1e-6). -1: no such name. */
@@ -159,11 +160,12 @@ typedef struct vit_device {
     void (*loss_accumulate)(rt_stream *s, rt_block total, rt_block losses, size_t B);
 
     /* Optimizers as PyTorch defines them, on a flat run of which the first `decayed` elements decay. The
-     * gradient is first multiplied by scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. */
+     * learning rate is rate * scalars[VIT_LEARNING_RATE]. The gradient is first multiplied by
+     * scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. */
     void (*adamw)(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-                  rt_block scalars, size_t decayed, const vit_adamw_options *o);
+                  rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
     void (*sgd)(rt_stream *s, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-                size_t decayed, const vit_sgd_options *o);
+                size_t decayed, double rate, const vit_sgd_options *o);
 
     /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x, whose start is a
      * multiple of 16 elements: the sum of each granule of 16 is formed in double, in a fixed order, then its
@@ -201,14 +203,14 @@ const char *vit_cpu_description(const rt_rank *rank);                /* "own pro
 
 enum { VIT_ALIGNMENT = 16 }; /* every tensor begins at a multiple of 16 elements of its unit */
 
-typedef enum { VIT_DECAY, VIT_NO_DECAY } vit_kind;
+typedef enum { VIT_DECAY, VIT_NO_DECAY, VIT_FROZEN } vit_kind;
 typedef enum { VIT_ZERO, VIT_ONE, VIT_NORMAL, VIT_UNIFORM } vit_initialiser;
 
 typedef struct vit_tensor {
     char name[48]; /* timm's: "blocks.3.attn.qkv.weight" */
     size_t dims, shape[4];
     size_t offset, count; /* elements; offset within the unit */
-    vit_kind kind;        /* whether weight decay applies: not to biases, norms, cls_token and pos_embed */
+    vit_kind kind;        /* no weight decay of biases, norms, cls_token and pos_embed; frozen: no update */
     vit_initialiser initialiser;
     double scale; /* standard deviation of VIT_NORMAL, bound of VIT_UNIFORM */
 } vit_tensor;
@@ -216,11 +218,13 @@ typedef struct vit_tensor {
 typedef struct vit_unit {
     char name[32];         /* "embedding", "block 3", "head" */
     size_t index;          /* position in the chain */
-    vit_tensor tensor[12]; /* decayed tensors first, so that AdamW on any part has one boundary */
+    vit_tensor tensor[12]; /* decayed first, frozen last, so that AdamW on any part has one boundary */
     size_t tensors;
-    size_t count;     /* elements of its parameters, padding included: a multiple of 16 */
-    size_t decayed;   /* elements [0, decayed) decay */
-    double drop_path; /* rate of this block */
+    size_t count;      /* elements of its parameters, padding included: a multiple of 16 */
+    size_t decayed;    /* elements [0, decayed) decay */
+    size_t classifier; /* elements [0, classifier) are head.weight and head.bias, the others the backbone's */
+    size_t trainable;  /* elements [0, trainable) are optimised */
+    double drop_path;  /* rate of this block */
     const struct vit_unit_type *type;
 } vit_unit;
 
@@ -268,7 +272,8 @@ typedef struct vit_context {
 /* in [B, T, D] -> out [B, T, D]; the embedding has no in, the head's out is the logits [B, V]. */
 void vit_unit_forward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block in, rt_block out,
                       rt_block saved);
-/* Overwrites grads (padding excepted) and din; dout may be din's other name only where a unit has no din. */
+/* Overwrites grads (padding excepted) and din; dout may be din's other name only where a unit has no din.
+ * Without din (no data: no unit below is trained) the head leaves out the gradients of its norm too. */
 void vit_unit_backward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block grads,
                        rt_block in, rt_block saved, rt_block dout, rt_block din);
 
@@ -336,9 +341,9 @@ void vit_sum_of_squares(const vit_context *c, rt_block counters, rt_block x);
 void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counters, double divisor,
                          double clip);
 void vit_adamw(const vit_context *c, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-               rt_block scalars, size_t decayed, const vit_adamw_options *o);
+               rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
 void vit_sgd(const vit_context *c, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-             size_t decayed, const vit_sgd_options *o);
+             size_t decayed, double rate, const vit_sgd_options *o);
 
 #endif /* VIT_H */
 
@@ -440,7 +445,7 @@ enum {
     FC1_BIAS,
     FC2_BIAS
 };
-enum { HEAD_WEIGHT, HEAD_NORM_WEIGHT, HEAD_NORM_BIAS, HEAD_BIAS };
+enum { HEAD_WEIGHT, HEAD_BIAS, HEAD_NORM_WEIGHT, HEAD_NORM_BIAS };
 
 static void vit__embedding_tensors(vit_unit *u, const vit_model *m) {
     double bound =
@@ -471,9 +476,10 @@ static void vit__block_tensors(vit_unit *u, const vit_model *m) {
 
 static void vit__head_tensors(vit_unit *u, const vit_model *m) {
     vit__tensor(u, "head.", "weight", VIT_DECAY, VIT_NORMAL, 0.02, VIT__SHAPE(m->V, m->D));
+    vit__tensor(u, "head.", "bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->V));
+    u->classifier = u->count;
     vit__tensor(u, "norm.", "weight", VIT_NO_DECAY, VIT_ONE, 0, VIT__SHAPE(m->D));
     vit__tensor(u, "norm.", "bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->D));
-    vit__tensor(u, "head.", "bias", VIT_NO_DECAY, VIT_ZERO, 0, VIT__SHAPE(m->V));
 }
 
 void vit_unit_initialise(const vit_unit *unit, uint64_t seed, float *parameters) {
@@ -566,16 +572,17 @@ void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counte
 }
 
 void vit_adamw(const vit_context *c, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-               rt_block scalars, size_t decayed, const vit_adamw_options *o) {
+               rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o) {
     VIT__RUN(c, adamw, RT_BLOCKS(param, exp_avg, exp_avg_sq, grad, scalars),
              RT_BLOCKS(param, exp_avg, exp_avg_sq), 14 * (double)param.count, 7 * vit__bytes(param), param,
-             exp_avg, exp_avg_sq, grad, scalars, decayed, o);
+             exp_avg, exp_avg_sq, grad, scalars, decayed, rate, o);
 }
 
 void vit_sgd(const vit_context *c, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-             size_t decayed, const vit_sgd_options *o) {
+             size_t decayed, double rate, const vit_sgd_options *o) {
     VIT__RUN(c, sgd, RT_BLOCKS(param, momentum, grad, scalars), RT_BLOCKS(param, momentum),
-             6 * (double)param.count, 5 * vit__bytes(param), param, momentum, grad, scalars, decayed, o);
+             6 * (double)param.count, 5 * vit__bytes(param), param, momentum, grad, scalars, decayed, rate,
+             o);
 }
 
 static void vit__linear_forward(const vit_context *c, rt_block y, rt_block pre, rt_block x, rt_block w,
@@ -836,6 +843,7 @@ static void vit__head_backward(const vit_context *c, const vit_unit *u, rt_block
     vit__carver w = {c->workspace, 0};
     rt_block labels = c->batch->labels;
     rt_block dlogits = vit__take(&w, m->type, c->B * m->V), dnorm = vit__take(&w, m->type, c->B * m->D);
+    if (!din.data) dnorm = (rt_block){0};
     (void)dout;
     VIT__RUN(c, cross_entropy_backward, RT_BLOCKS(v.probabilities, labels), RT_BLOCKS(dlogits),
              2 * (double)dlogits.count, 2 * vit__bytes(dlogits), dlogits, v.probabilities, labels, c->B, m->V,
@@ -843,6 +851,7 @@ static void vit__head_backward(const vit_context *c, const vit_unit *u, rt_block
     vit__linear_backward(c, dnorm, vit__parameter(u, grads, HEAD_WEIGHT), vit__parameter(u, grads, HEAD_BIAS),
                          dlogits, v.norm, vit__parameter(u, params, HEAD_WEIGHT), (rt_block){0}, c->B, m->D,
                          m->V);
+    if (!din.data) return;
     vit_fill_zero(c, din);
     vit__layernorm_backward(c, din, vit__parameter(u, grads, HEAD_NORM_WEIGHT),
                             vit__parameter(u, grads, HEAD_NORM_BIAS), (rt_block){0}, dnorm, in, v.mean,
@@ -906,6 +915,14 @@ size_t vit_workspace_bytes(const vit_model *m, size_t B) {
     return most;
 }
 
+/* All but head.weight and head.bias is frozen: a linear probe. */
+static void vit__freeze_backbone(vit_unit *u) {
+    for (size_t t = 0; t < u->tensors; t++)
+        if (u->tensor[t].offset >= u->classifier) u->tensor[t].kind = VIT_FROZEN;
+    u->trainable = u->classifier;
+    if (u->decayed > u->trainable) u->decayed = u->trainable;
+}
+
 int vit_model_init(vit_model *m, const vit_config *config, rt_type type, error_text *e) {
     const vit_config *c = config;
     *m = (vit_model){.config = *c, .type = type};
@@ -960,6 +977,8 @@ int vit_model_init(vit_model *m, const vit_config *config, rt_type type, error_t
             snprintf(u->name, sizeof u->name, i == 0 ? "embedding" : "head");
         }
         u->type->tensors(u, m);
+        u->trainable = u->count;
+        if (c->freeze_backbone) vit__freeze_backbone(u);
         for (size_t t = 0; t < u->tensors; t++) m->parameters += u->tensor[t].count;
     }
     return 0;

@@ -818,8 +818,8 @@ static void optimize(rt_rank *rank, float *const *x, size_t k, size_t first, siz
 }
 
 static void adamw(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-                  rt_block scalars, size_t decayed, const vit_adamw_options *o) {
-    const double *d = scalars.data, lr = d[VIT_LEARNING_RATE];
+                  rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o) {
+    const double *d = scalars.data, lr = rate * d[VIT_LEARNING_RATE];
     float *const x[] = {param.data, exp_avg.data, exp_avg_sq.data, grad.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
                              .step = (float)(lr / d[VIT_BIAS_CORRECTION1]),
@@ -836,11 +836,11 @@ static void adamw(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_a
 }
 
 static void sgd(rt_stream *s, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-                size_t decayed, const vit_sgd_options *o) {
+                size_t decayed, double rate, const vit_sgd_options *o) {
     const double *d = scalars.data;
     float *const x[] = {param.data, momentum.data, grad.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
-                             .step = (float)d[VIT_LEARNING_RATE],
+                             .step = (float)(rate * d[VIT_LEARNING_RATE]),
                              .decay = (float)o->weight_decay,
                              .momentum = (float)o->momentum};
     if (d[VIT_GRADIENT_FACTOR] == 0) return;

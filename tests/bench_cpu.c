@@ -175,7 +175,8 @@ static void residual(bench *b, size_t in, size_t out) {
 }
 static void adamw(bench *b, size_t in, size_t out) {
     const vit_adamw_options o = {0.9, 0.999, 1e-8, 0.05};
-    vit_cpu.adamw(b->stream, rt_slice(b->w, 0, in * out), b->dw, b->pre, b->x, b->scalars, in * out / 2, &o);
+    vit_cpu.adamw(b->stream, rt_slice(b->w, 0, in * out), b->dw, b->pre, b->x, b->scalars, in * out / 2, 1,
+                  &o);
 }
 static void norm(bench *b, size_t in, size_t out) {
     vit_cpu.sum_of_squares(b->stream, b->counters, rt_slice(b->x, 0, in * out));

@@ -368,11 +368,12 @@ static void NAIVE_OP(loss_accumulate)(rt_stream *s, rt_block total_, rt_block lo
 /* --------------------------------------------------------------------------------------------- optimizers */
 
 static void NAIVE_OP(adamw)(rt_stream *s, rt_block param_, rt_block exp_avg_, rt_block exp_avg_sq_,
-                            rt_block grad_, rt_block scalars_, size_t decayed, const vit_adamw_options *o) {
+                            rt_block grad_, rt_block scalars_, size_t decayed, double rate,
+                            const vit_adamw_options *o) {
     (void)s;
     REAL *param = param_.data, *exp_avg = exp_avg_.data, *exp_avg_sq = exp_avg_sq_.data;
     const REAL *grad = grad_.data;
-    const double *scalars = scalars_.data, learning_rate = scalars[VIT_LEARNING_RATE];
+    const double *scalars = scalars_.data, learning_rate = rate * scalars[VIT_LEARNING_RATE];
     if (scalars[VIT_GRADIENT_FACTOR] == 0) return;
     for (size_t i = 0; i < param_.count; i++) {
         double g = grad[i] * scalars[VIT_GRADIENT_FACTOR];
@@ -386,7 +387,7 @@ static void NAIVE_OP(adamw)(rt_stream *s, rt_block param_, rt_block exp_avg_, rt
 }
 
 static void NAIVE_OP(sgd)(rt_stream *s, rt_block param_, rt_block momentum_, rt_block grad_,
-                          rt_block scalars_, size_t decayed, const vit_sgd_options *o) {
+                          rt_block scalars_, size_t decayed, double rate, const vit_sgd_options *o) {
     (void)s;
     REAL *param = param_.data, *momentum = momentum_.data;
     const REAL *grad = grad_.data;
@@ -396,7 +397,7 @@ static void NAIVE_OP(sgd)(rt_stream *s, rt_block param_, rt_block momentum_, rt_
         double g = grad[i] * scalars[VIT_GRADIENT_FACTOR];
         if (i < decayed) g += o->weight_decay * param[i];
         momentum[i] = o->momentum * momentum[i] + g;
-        param[i] -= scalars[VIT_LEARNING_RATE] * momentum[i];
+        param[i] -= rate * scalars[VIT_LEARNING_RATE] * momentum[i];
     }
 }
 

@@ -24,13 +24,25 @@ static void assert_close(const training *a, const training *b, double tolerance)
         assert_true(fabsf(a->weights[i] - b->weights[i]) <= (float)tolerance);
 }
 
-static training *trained(training *t) {
-    train_world(t, &odd_config);
+static size_t padded(const vit_model *m, size_t u, size_t n) {
+    size_t count = 0; /* every tensor a multiple of 16, the unit a multiple of 16 n */
+    for (size_t t = 0; t < m->unit[u].tensors; t++) {
+        size_t elements = 1;
+        for (size_t i = 0; i < m->unit[u].tensor[t].dims; i++) elements *= m->unit[u].tensor[t].shape[i];
+        count += (elements + 15) / 16 * 16;
+    }
+    return (count + 16 * n - 1) / (16 * n) * (16 * n);
+}
+
+static training *trained_as(training *t, const vit_config *config) {
+    train_world(t, config);
     if (t->failed)
         print_message("%s x %d: %s\n%s", t->strategy, t->ranks, t->error.text, t->table ? t->table : "");
     assert_false(t->failed);
     return t;
 }
+
+static training *trained(training *t) { return trained_as(t, &odd_config); }
 
 /* dp and ddp, any bucket size, 1 and 2 threads: every bit; single on the whole batch: within 1e-5. */
 static void strategies_agree(void **state) {
@@ -67,6 +79,41 @@ static void sgd_agrees_too(void **state) {
     assert_same_bits(t[0], t[1]);
     assert_close(t[0], t[2], 1e-5);
     for (int i = 0; i < 3; i++) training_free(t[i]);
+}
+
+/* With a frozen backbone all but head.weight and head.bias stays as it was, no rank has optimizer state or
+ * gradients of anything else, and only the head's unit is reduced. */
+static void a_frozen_backbone_stays(void **state) {
+    vit_config config = odd_config;
+    size_t classifier = 160; /* [7, 20] and [7], each rounded up to a multiple of 16: 144 + 16 */
+    (void)state;
+    config.freeze_backbone = 1;
+    for (int n = 1; n <= 3; n++)
+        for (size_t M = 1; M <= 2; M++) {
+            training *ddp = trained_as(training_of("ddp", n, 2, M, DIST_REDUCE_EVERY), &config);
+            training *dp = training_of("dp", n, 2, M, DIST_REDUCE_EVERY);
+            dp->evaluate = 1;
+            assert_same_bits(ddp, trained_as(dp, &config));
+            size_t head = ddp->model.units - 1, offset = 0;
+            for (size_t u = 0; u <= head; offset += ddp->model.unit[u++].count) {
+                const vit_unit *unit = &ddp->model.unit[u];
+                float *initial = calloc(unit->count, sizeof *initial);
+                vit_unit_initialise(unit, 5, initial);
+                size_t moved = u == head ? classifier : 0;
+                if (moved) assert_memory_not_equal(initial, ddp->weights + offset, moved * sizeof *initial);
+                assert_memory_equal(initial + moved, ddp->weights + offset + moved,
+                                    (unit->count - moved) * sizeof *initial);
+                free(initial);
+            }
+            for (int r = 0; r < n; r++) {
+                size_t padded_head = padded(&ddp->model, head, (size_t)n);
+                assert_int_equal(ddp->ledger[r].bytes[RT_OPTIMIZER], 8 * classifier);
+                assert_int_equal(ddp->ledger[r].bytes[RT_GRADIENTS], 4 * padded_head);
+                assert_int_equal(ddp->traffic[r][DIST_ALL_REDUCE].elements, ddp->steps * M * padded_head);
+            }
+            training_free(dp);
+            training_free(ddp);
+        }
 }
 
 static void evaluation_between_steps_changes_nothing(void **state) {
@@ -246,16 +293,6 @@ static void ranks_may_run_ahead(void **state) {
 
 /* ------------------------------------------------------------------------------------ schedule and ledger */
 
-static size_t padded(const vit_model *m, size_t u, size_t n) {
-    size_t count = 0; /* every tensor a multiple of 16, the unit a multiple of 16 n */
-    for (size_t t = 0; t < m->unit[u].tensors; t++) {
-        size_t elements = 1;
-        for (size_t i = 0; i < m->unit[u].tensor[t].dims; i++) elements *= m->unit[u].tensor[t].shape[i];
-        count += (elements + 15) / 16 * 16;
-    }
-    return (count + 16 * n - 1) / (16 * n) * (16 * n);
-}
-
 static size_t expect_call(const training *t, int r, size_t i, dist_op op, size_t elements, const char *unit) {
     assert_true(i < t->calls[r]);
     assert_string_equal(dist_op_name(t->call[r][i].op), dist_op_name(op));
@@ -416,6 +453,7 @@ int main(void) {
         cmocka_unit_test(collectives_are_sums_in_rank_order),
         cmocka_unit_test(ranks_may_run_ahead),
         cmocka_unit_test(ddp_schedule),
+        cmocka_unit_test(a_frozen_backbone_stays),
         cmocka_unit_test(dp_schedule),
         cmocka_unit_test(single_communicates_nothing_but_control),
         cmocka_unit_test(ledger_matches_the_formulas),

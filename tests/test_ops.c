@@ -1022,7 +1022,7 @@ static void flat_free(flat *f) {
 static void next_gradient(flat *f, int step) {
     fill_normal(f->grad, 100 + (uint64_t)step);
     for (size_t i = 0; i < f->grad.count; i++) set(f->grad, i, get(f->grad, i) * pow(10, -(double)(i % 9)));
-    set(f->scalars, VIT_LEARNING_RATE, 0.01 * step);
+    set(f->scalars, VIT_LEARNING_RATE, 0.02 * step); /* half of which the calls ask for */
     set(f->scalars, VIT_BIAS_CORRECTION1, 1 - pow(adamw_options.beta1, step));
     set(f->scalars, VIT_BIAS_CORRECTION2, 1 - pow(adamw_options.beta2, step));
     set(f->scalars, VIT_GRADIENT_FACTOR, 0.25);
@@ -1034,9 +1034,9 @@ static void update(const bench *b, const flat *f, int adamw, size_t begin, size_
     rt_block param = rt_slice(f->param, begin, n), grad = rt_slice(f->grad, begin, n);
     rt_block state0 = rt_slice(f->state[0], begin, n), state1 = rt_slice(f->state[1], begin, n);
     if (adamw)
-        b->device->adamw(stream_of(b), param, state0, state1, grad, f->scalars, decays, &adamw_options);
+        b->device->adamw(stream_of(b), param, state0, state1, grad, f->scalars, decays, 0.5, &adamw_options);
     else
-        b->device->sgd(stream_of(b), param, state0, grad, f->scalars, decays, &sgd_options);
+        b->device->sgd(stream_of(b), param, state0, grad, f->scalars, decays, 0.5, &sgd_options);
 }
 
 static void optimizers_follow_pytorch(void **state) {

@@ -44,7 +44,7 @@ from safetensors.numpy import save_file
 from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
 from timm.layers import calculate_drop_path_rates
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FOLDER = Path(__file__).parent
@@ -71,6 +71,10 @@ TRAJECTORIES = [  # gradient_clipping 0: off
     dict(name="adamw_clipped", configuration="head21_odd", **ADAMW, weight_decay=0.3, gradient_clipping=0.5),
     dict(name="sgd", configuration="head64_rectangular", optimizer="sgd", learning_rate=3e-2, momentum=0.9,
          weight_decay=0.1, gradient_clipping=4.0),
+    dict(name="layer_decay", configuration="head24", **ADAMW, weight_decay=0.1, gradient_clipping=0.0,
+         layer_decay=0.65),
+    dict(name="frozen_backbone", configuration="head24", **ADAMW, weight_decay=0.1, gradient_clipping=0.5,
+         freeze_backbone=True),
     dict(name="adamw_wrong", configuration="head24", **ADAMW, weight_decay=0.1, gradient_clipping=0.0,
          wrong="decay_on_biases"),
 ]
@@ -189,9 +193,15 @@ def schedule(t, steps, warmup, peak, minimum):
 def train(c, run, dtype, variant=PLAIN):
     """The loss (row 0) and the gradient norm before clipping (row 1) of every step."""
     model, _, samples = make_model(c, dtype, variant)
-    groups = param_groups_weight_decay(
-        model, run["weight_decay"], no_weight_decay_list=model.no_weight_decay(),
-        weight_decay_exclude_1d=run["wrong"] != "decay_on_biases")
+    exempt = model.no_weight_decay()
+    for name, p in model.named_parameters():
+        p.requires_grad_(not run["freeze_backbone"] or name.startswith("head."))
+    if run["layer_decay"] == 1:
+        groups = param_groups_weight_decay(model, run["weight_decay"], no_weight_decay_list=exempt,
+                                           weight_decay_exclude_1d=run["wrong"] != "decay_on_biases")
+    else:
+        groups = param_groups_layer_decay(model, run["weight_decay"], no_weight_decay_list=exempt,
+                                          layer_decay=run["layer_decay"])
     if run["optimizer"] == "adamw":
         optimizer = torch.optim.AdamW(groups, betas=(run["beta1"], run["beta2"]), eps=run["adam_eps"])
     else:
@@ -199,7 +209,7 @@ def train(c, run, dtype, variant=PLAIN):
     result = []
     for step, learning_rate in enumerate(run["learning_rates"]):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1)
         images, labels = make_batch(c, step)
         _, loss = forward_backward(model, c, variant, images[samples].to(dtype), labels[samples])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run["gradient_clipping"] or inf)
@@ -264,7 +274,8 @@ def write_goldens():
 def write_trajectories():
     entries = []
     for run in TRAJECTORIES:
-        run = dict(wrong=None, steps=24, scheduler="cosine", warmup_steps=4, min_learning_rate=1e-5) | run
+        run = dict(wrong=None, steps=24, scheduler="cosine", warmup_steps=4, min_learning_rate=1e-5,
+                   layer_decay=1.0, freeze_backbone=False) | run
         c = next(c for c in CONFIGURATIONS if c["name"] == run["configuration"])
         run["learning_rates"] = [schedule(t, run["steps"], run["warmup_steps"], run["learning_rate"],
                                           run["min_learning_rate"]) for t in range(run["steps"])]
