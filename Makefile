@@ -10,7 +10,7 @@ PREFIX   := /usr/local
 override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
-PARSERS := file json options safetensors data metrics
+PARSERS := file json options safetensors data image metrics
 TESTS   := $(PARSERS) checkpoint runtime ops model dist waits
 SCRIPTS := example mismatch train errors
 FUZZERS := options safetensors idx cifar
