@@ -20,7 +20,8 @@ FUZZERS := options safetensors idx cifar
 .PHONY: demo test test-built test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format install
 .PHONY: clean
 
-# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS. Goals that build nothing themselves do not ask.
+# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS. Goals that build nothing
+# themselves do not ask.
 NO_PROBE := demo test fuzz test-sanitize bench-pytorch bench-gpu validate docs format clean
 ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
 include build/config.mk
@@ -35,11 +36,11 @@ build/config.mk: scripts/probe.sh | build/
 # Three flavours of everything: plain; asan, with UBSan; tsan. The last two go without OpenMP, whose library
 # is not instrumented.
 
-LIBS         := -lcjson -lz -lm -lpthread
-plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS)
+LIBS         := $(JPEG_LIBS) -lcjson -lz -lm -lpthread
+plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS) $(JPEG_CFLAGS)
 plain_LIBS    = $(BLAS_LIBS) $(LIBS)
-asan_CFLAGS  := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-tsan_CFLAGS  := -O1 -fsanitize=thread
+asan_CFLAGS  := $(JPEG_CFLAGS) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+tsan_CFLAGS  := $(JPEG_CFLAGS) -O1 -fsanitize=thread
 asan_LIBS    := $(LIBS)
 tsan_LIBS    := $(LIBS)
 flavour       = $(notdir $(patsubst %/,%,$(dir $@)))
@@ -70,11 +71,14 @@ build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard t
 endef
 $(foreach f,plain asan tsan,$(eval $(call test_rule,$(f))))
 
+build/plain/test_image_stb: tests/test_image.c $(HEADERS) build/config.mk # the fallback for JPEGs
+	$(CC) $(test_flags) -UHAVE_JPEG $< -o $@ -lcmocka $(plain_LIBS)
+
 build/plain/bench_cpu build/plain/mismatch: build/plain/%: tests/%.c build/plain/vit_cpu.o $(HEADERS)
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $< build/plain/vit_cpu.o -o $@ $(plain_LIBS)
 
 PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%)
-PROGRAMS += build/tsan/test_runtime build/tsan/test_dist
+PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist
 
 test:
 	@scripts/install.sh test
@@ -90,7 +94,8 @@ test-sanitize:
 	@tests/run.sh $(LONG)
 
 build/fuzz/%: tests/fuzz_%.c $(HEADERS) | build/fuzz/
-	clang -g -O1 -std=gnu11 $(WARNINGS) -I. -fsanitize=fuzzer,address,undefined $< -o $@ -lcjson -lz -lm
+	clang -g -O1 -std=gnu11 $(WARNINGS) -I. $(JPEG_CFLAGS) -fsanitize=fuzzer,address,undefined $< -o $@ \
+	    $(JPEG_LIBS) -lcjson -lz -lm
 FUZZ_SECONDS := 600
 fuzz:
 	@scripts/install.sh test

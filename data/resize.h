@@ -1,17 +1,17 @@
-/* resize.h - images of another size, byte for byte as Pillow's Image.resize makes them; and the weights alone,
- * for whatever else is to be resampled.
+/* resize.h - images of another size, byte for byte as Pillow's Image.resize makes them; and the weights
+ * alone, for whatever else is to be resampled.
  *
  *     image small;
  *     if (image_resize(&photo, 224, 224, RESIZE_BICUBIC, &small, &e)) ...
  *
  * A pixel of the result is a weighted mean of the pixels around its place in the input. Where an image
  * shrinks, the filter is stretched by as much, so that every input pixel counts (antialiasing). Columns and
- * rows are done one after the other, with a rounding to bytes in between; weights are multiples of 2^-22. Pillow documents the
- * filters (https://pillow.readthedocs.io/en/stable/handbook/concepts.html#filters); order, precision and
- * rounding were learnt from its Resample.c.
+ * rows are done one after the other, with a rounding to bytes in between; weights are multiples of 2^-22.
+ * Pillow documents the filters (https://pillow.readthedocs.io/en/stable/handbook/concepts.html#filters);
+ * order, precision and rounding were learnt from its Resample.c.
  *
- * All arithmetic is done by one function, on 16 bytes at once. For rows those are neighbours; for columns they
- * are the same byte of 16 rows, which are transposed before and after.
+ * All arithmetic is done by one function, on 16 bytes at once. For rows those are neighbours; for columns
+ * they are the same byte of 16 rows, which are transposed before and after.
  * Left out: other filters, alpha, several threads (the samples of a batch are many images).
  */
 #ifndef DATA_RESIZE_H
@@ -95,8 +95,8 @@ typedef uint8_t resize_bytes __attribute__((vector_size(RESIZE_LANES)));
 typedef uint16_t resize_words __attribute__((vector_size(2 * RESIZE_LANES)));
 typedef int32_t resize_sums __attribute__((vector_size(4 * RESIZE_LANES)));
 
-/* The weights as integers, nearest multiples of 2^-22 and halves away from 0; NULL when memory runs out. A sum
- * with bytes fits 32 bits, as a filter's positive weights add up to less than 2. */
+/* The weights as integers, nearest multiples of 2^-22 and halves away from 0; NULL when memory runs out. A
+ * sum with bytes fits 32 bits, as a filter's positive weights add up to less than 2. */
 static inline int32_t *resize_integers(const resize_weights *w) {
     int32_t *integers = malloc(w->out * w->most * sizeof *integers);
     for (size_t i = 0; integers && i < w->out * w->most; i++) {
@@ -106,8 +106,8 @@ static inline int32_t *resize_integers(const resize_weights *w) {
     return integers;
 }
 
-/* out[n] = the sum over k < count of weight[k] * in[k * stride .. + n], rounded and clamped to bytes; n <= 16.
- * Conversions go by way of 16 bits, each step of which compilers turn into one instruction. */
+/* out[n] = the sum over k < count of weight[k] * in[k * stride .. + n], rounded and clamped to bytes; n is at
+ * most 16. Conversions go by way of 16 bits, each step of which compilers turn into one instruction. */
 static inline void resize_sum(const uint8_t *in, size_t stride, const int32_t *weight, size_t count,
                               uint8_t *out, size_t n) {
     resize_bytes bytes = {0};
@@ -182,7 +182,7 @@ static inline void resize_columns(const uint8_t *in, size_t in_row, size_t rows,
     }
 }
 
-/* out[w->out][size] from rows of size bytes that begin in_row bytes apart, at the first row that w reaches. */
+/* out[w->out][size] from rows of `size` bytes, in_row bytes apart, the first of which w reaches. */
 static inline void resize_rows(const uint8_t *in, size_t in_row, size_t size, const resize_weights *w,
                                const int32_t *weight, uint8_t *out) {
     for (size_t y = 0; y < w->out; y++, out += size, weight += w->most) {
@@ -202,10 +202,10 @@ static inline int resize_rows_first(size_t width, size_t height, size_t to_width
     return height_lost > 0 && height_lost > 2 * width_lost;
 }
 
-/* Resizes the rectangle `from` of an image to width x height pixels, but makes only the rectangle `part` of the
- * result, which is all that out holds. What surrounds `from` has no influence, as though it had been cropped
- * before. Fails when a rectangle is empty or not inside its image, and when memory runs out; out is then
- * empty. */
+/* Resizes the rectangle `from` of an image to width x height pixels, but makes only the rectangle `part` of
+ * the result, which is all that out holds. What surrounds `from` has no influence, as though it had been
+ * cropped before. Fails when a rectangle is empty or not inside its image, and when memory runs out; out is
+ * then empty. */
 static inline int image_resize_area(const image *in, image_area from, size_t width, size_t height,
                                     resize_filter filter, image_area part, image *out, error_text *e) {
     const size_t channels = in->channels;

@@ -4,9 +4,10 @@
 set -eu
 
 case "${1:-build}" in
-build) packages="gcc make libc6-dev libcjson-dev zlib1g-dev libopenblas-openmp-dev" ;;
-test) packages="gcc make libc6-dev libcjson-dev zlib1g-dev libopenblas-openmp-dev libcmocka-dev jq
-                clang libclang-rt-14-dev clang-format" ;;
+build) packages="gcc make libc6-dev libcjson-dev zlib1g-dev libopenblas-openmp-dev libstb-dev
+                libjpeg-dev" ;;
+test) packages="gcc make libc6-dev libcjson-dev zlib1g-dev libopenblas-openmp-dev libstb-dev
+                libjpeg-dev libcmocka-dev jq clang libclang-rt-14-dev clang-format" ;;
 *) echo "usage: $0 build|test" >&2; exit 2 ;;
 esac
 

@@ -34,6 +34,13 @@ else
 fi
 need cJSON cjson/cJSON.h -lcjson "configuration files" libcjson-dev
 need zlib zlib.h -lz "MNIST in gzip" zlib1g-dev
+need stb_image stb/stb_image.h "" "PNG images" libstb-dev
+if try jpeglib.h -ljpeg; then
+    row libjpeg-turbo found "JPEG images"
+    printf 'JPEG_CFLAGS := -DHAVE_JPEG\nJPEG_LIBS := -ljpeg\n' >>"$output"
+else
+    row libjpeg-turbo "not found" "JPEG images by stb_image: slower, and not quite Pillow's pixels"
+fi
 if try cblas.h -lopenblas; then
     row OpenBLAS found "a second matrix product (--matmul openblas)"
     printf 'BLAS_CFLAGS := -DHAVE_OPENBLAS\nBLAS_LIBS := -lopenblas\n' >>"$output"
