@@ -1,12 +1,15 @@
-/* test_image.c - images in memory: their resizing.
+/* test_image.c - images: their files, their resizing, the transforms.
  *
- * Expected pixels come from Pillow, expected weights from PyTorch (tests/golden/make_images.py).
+ * Expected pixels come from Pillow, torchvision and timm, expected weights from PyTorch
+ * (tests/golden/make_images.py). Bad files are good ones with one fault each. Compiled without HAVE_JPEG, the
+ * test takes pixels of JPEGs that are near.
  */
 #include <setjmp.h>
 #include <stdarg.h>
-#include <zlib.h>
+#include <sys/stat.h>
 
-#include "data/resize.h"
+#include "data/decode.h"
+#include "data/transform.h"
 
 #include <cmocka.h>
 
@@ -183,6 +186,305 @@ static void weights_are_those_of_pytorch(void **state) {
     fclose(file);
 }
 
+/* ---- files ---- */
+
+static char *golden_path(const char *name) {
+    static char path[512];
+    snprintf(path, sizeof path, "%s%s", GOLDEN, name);
+    return path;
+}
+
+static uint8_t *read_golden(const char *name, size_t *size) {
+    char *bytes;
+    error_text e;
+    if (file_read_whole(golden_path(name), 1 << 20, &bytes, size, &e)) fail_msg("%s", e.text);
+    return (uint8_t *)bytes;
+}
+
+/* How far the pixels of two images are from each other, at most and on average. */
+static double difference(const image *a, const image *b, int *most) {
+    size_t count = a->width * a->height * a->channels;
+    double sum = 0;
+    *most = 0;
+    for (size_t i = 0; i < count; i++) {
+        int d = abs(a->pixels[i] - b->pixels[i]);
+        sum += d;
+        if (d > *most) *most = d;
+    }
+    return sum / (double)count;
+}
+
+static void decoded_images_are_those_of_pillow(void **state) {
+    (void)state;
+    FILE *file = open_golden(GOLDEN "decode.txt");
+    char name[256];
+    size_t width, height, cases = 0;
+    unsigned long expected;
+    for (; fscanf(file, "%255s %zu %zu %lx", name, &width, &height, &expected) == 4; cases++) {
+        image found, pixels;
+        error_text e;
+        if (image_read(&found, golden_path(name), &e)) fail_msg("%s", e.text);
+        assert_int_equal(found.width, width);
+        assert_int_equal(found.height, height);
+        assert_int_equal(found.channels, 3);
+        if (strstr(name, ".jpg") && crc(&found) != expected) {
+            int most;
+            strcat(name, ".png");
+            if (image_read(&pixels, golden_path(name), &e)) fail_msg("%s", e.text);
+            double mean = difference(&found, &pixels, &most);
+#ifdef HAVE_JPEG
+            fail_msg("%s: differs by at most %d levels, on average %g", name, most, mean);
+#endif
+            if (mean > 1) fail_msg("%s: differs by at most %d levels, on average %g", name, most, mean);
+            image_free(&pixels);
+        } else if (crc(&found) != expected)
+            fail_msg("%s: found crc %08lx, expected %08lx", name, crc(&found), expected);
+        image_free(&found);
+    }
+    assert_true(feof(file));
+    assert_int_equal(cases, 41);
+    fclose(file);
+}
+
+static void every_truncated_image_is_refused(void **state) {
+    (void)state;
+    FILE *file = open_golden(GOLDEN "decode.txt");
+    char name[256];
+    while (fscanf(file, "%255s %*u %*u %*x", name) == 1) {
+        size_t size;
+        uint8_t *bytes = read_golden(name, &size);
+        for (size_t cut = 0; cut < size; cut += cut < 100 || size - cut < 100 ? 1 : 7) {
+            uint8_t *head = malloc(cut + 1); /* of its own, so that a sanitizer sees its end */
+            memcpy(head, bytes, cut);
+            image out;
+            error_text e = {""};
+            if (image_decode(&out, head, cut, name, &e) == 0)
+                fail_msg("%s: %zu of %zu bytes were accepted", name, cut, size);
+            assert_message(&e, name, "expected", NULL);
+            assert_null(out.pixels);
+            free(head);
+        }
+        free(bytes);
+    }
+    fclose(file);
+}
+
+/* Data that ends in the middle, though the end's marker is there. */
+static void a_jpeg_without_its_lower_half_is_refused(void **state) {
+    (void)state;
+#ifndef HAVE_JPEG
+    skip();
+#endif
+    static const char *const names[] = {"420.jpg", "420-progressive.jpg", "restarts.jpg", "grey.jpg",
+                                        "cmyk.jpg"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        size_t size;
+        uint8_t *bytes = read_golden(names[i], &size);
+        image out;
+        error_text e;
+        memcpy(bytes + size * 3 / 4, "\xFF\xD9", 2);
+        assert_int_equal(image_decode(&out, bytes, size * 3 / 4 + 2, names[i], &e), -1);
+        assert_message(&e, names[i], "damaged or truncated JPEG", NULL);
+        assert_null(out.pixels);
+        free(bytes);
+    }
+}
+
+static void assert_refused(const void *bytes, size_t size, const char *found, const char *expected) {
+    image out;
+    error_text e;
+    assert_int_equal(image_decode(&out, bytes, size, "photo.jpg", &e), -1);
+    assert_message(&e, "photo.jpg: ", found, expected, NULL);
+    assert_null(out.pixels);
+}
+
+static void other_files_are_refused_by_their_type(void **state) {
+    (void)state;
+    static const char expected[] = "expected a JPEG, PNG or BMP image";
+    assert_refused("", 0, "empty file", expected);
+    assert_refused("This is a text.\n", 16, "another type", expected);
+    assert_refused("GIF89a........", 14, "GIF", expected);
+    assert_refused("II*\0....", 8, "TIFF", expected);
+    assert_refused("MM\0*....", 8, "TIFF", expected);
+    assert_refused("RIFF....WEBPVP8 ", 16, "WebP", expected);
+    assert_refused("P6\n1 1\n255\nabc", 14, "PPM", expected);
+    assert_refused("P5\n1 1\n255\na", 12, "PGM", expected);
+    assert_refused("\xFF\xD8", 2, "another type", expected);
+    assert_refused("\x89PNG", 4, "another type", expected);
+    assert_refused("B", 1, "another type", expected);
+}
+
+/* Writes 60,000 into two fields of a golden file, in the order of bytes that its type has. */
+static void claims_of_60000_pixels_a_side_are_refused(void **state) {
+    (void)state;
+    static const char found[] = "found an image of 60000 x 60000 pixels", expected[] = "178956970 pixels";
+    size_t size;
+    uint8_t *bytes = read_golden("420.jpg", &size);
+    for (size_t i = 0; i + 9 < size; i++)
+        if (bytes[i] == 0xFF && bytes[i + 1] == 0xC0) memcpy(bytes + i + 5, "\xEA\x60\xEA\x60", 4);
+    assert_refused(bytes, size, found, expected);
+    free(bytes);
+    bytes = read_golden("420-progressive.jpg", &size);
+    for (size_t i = 0; i + 9 < size; i++)
+        if (bytes[i] == 0xFF && bytes[i + 1] == 0xC2) memcpy(bytes + i + 5, "\xEA\x60\xEA\x60", 4);
+    assert_refused(bytes, size, found, expected);
+    free(bytes);
+    bytes = read_golden("8bit-rgb.png", &size);
+    memcpy(bytes + 16, "\0\0\xEA\x60\0\0\xEA\x60", 8);
+    unsigned long checksum = crc32(0, bytes + 12, 17);
+    for (int i = 0; i < 4; i++) bytes[29 + i] = (uint8_t)(checksum >> (24 - 8 * i));
+    assert_refused(bytes, size, found, expected);
+    free(bytes);
+    bytes = read_golden("rgb.bmp", &size);
+    memcpy(bytes + 18, "\x60\xEA\0\0\x60\xEA\0\0", 8);
+    assert_refused(bytes, size, found, expected);
+    free(bytes);
+}
+
+static void damaged_png_and_bmp_are_refused(void **state) {
+    (void)state;
+    static const struct {
+        const char *name;
+        size_t at;
+        uint8_t value;
+        const char *found;
+    } cases[] = {{"8bit-rgb.png", 60, 1, "checksum"},
+                 {"8bit-rgb.png", 12, 'J', "checksum"},
+                 {"8bit-rgb.png", 8, 0x7F, "within a chunk"},
+                 {"rgb.bmp", 18, 22, "shorter"},
+                 {"rgb.bmp", 28, 16, "16 bits"},
+                 {"rgb.bmp", 30, 1, "compression 1"},
+                 {"rgb.bmp", 18, 0, "0 x 13"},
+                 {"rgb.bmp", 14, 39, "header of 39"},
+                 {"rgb.bmp", 17, 0x7F, "shorter"},
+                 {"palette.bmp", 46, 3, "no colour"},
+                 {"palette.bmp", 10, 200, "shorter"},
+                 {"downwards.bmp", 25, 0x80, "expected 1 to"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        size_t size;
+        uint8_t *bytes = read_golden(cases[i].name, &size);
+        assert_true(bytes[cases[i].at] != cases[i].value);
+        bytes[cases[i].at] = cases[i].value;
+        assert_refused(bytes, size, cases[i].found, "expected");
+        free(bytes);
+    }
+}
+
+static void files_that_cannot_be_read_are_refused(void **state) {
+    (void)state;
+    char path[] = "/tmp/test_image_XXXXXX";
+    image out;
+    error_text e;
+    assert_int_equal(image_read(&out, "/nowhere/photo.jpg", &e), -1);
+    assert_message(&e, "/nowhere/photo.jpg: ", "No such file", NULL);
+    assert_int_equal(image_read(&out, "/tmp", &e), -1);
+    assert_message(&e, "/tmp: ", "Is a directory", NULL);
+    int file = mkstemp(path);
+    assert_true(file >= 0);
+    close(file);
+    int empty = image_read(&out, path, &e);
+    assert_message(&e, path, "empty file", NULL);
+    chmod(path, 0);
+    int forbidden = image_read(&out, path, &e);
+    remove(path);
+    assert_int_equal(empty, -1);
+    assert_int_equal(forbidden, -1);
+    if (geteuid()) assert_message(&e, path, "Permission denied", NULL);
+    assert_null(out.pixels);
+}
+
+/* ---- transforms ---- */
+
+static void evaluation_is_that_of_timm(void **state) {
+    (void)state;
+    FILE *file = open_golden(GOLDEN "eval.txt");
+    size_t in_width, in_height, width, height, cases = 0;
+    unsigned filter;
+    double crop_pct;
+    unsigned long expected;
+    for (; fscanf(file, "%zu %zu %zu %zu %lf %u %lx", &in_width, &in_height, &width, &height, &crop_pct,
+                  &filter, &expected) == 7;
+         cases++) {
+        image in = random_image(cases, in_width, in_height, 3), out;
+        error_text e;
+        if (transform_eval(&in, width, height, crop_pct, (resize_filter)filter, &out, &e))
+            fail_msg("%s", e.text);
+        assert_int_equal(out.width, width);
+        assert_int_equal(out.height, height);
+        if (crc(&out) != expected)
+            fail_msg(
+                "case %zu: %zu x %zu to %zu x %zu, crop_pct %g, filter %u: found crc %08lx, expected %08lx",
+                cases, in_width, in_height, width, height, crop_pct, filter, crc(&out), expected);
+        image_free(&in);
+        image_free(&out);
+    }
+    assert_true(feof(file));
+    assert_int_equal(cases, 32);
+    fclose(file);
+}
+
+static void random_crops_are_those_of_torchvision(void **state) {
+    (void)state;
+    FILE *file = open_golden(GOLDEN "train.txt");
+    size_t in_width, in_height, width, height, mirrored, cases = 0;
+    image_area expected;
+    unsigned filter;
+    unsigned long long key;
+    unsigned long expected_crc;
+    for (; fscanf(file, "%zu %zu %zu %zu %u %llu %zu %zu %zu %zu %zu %lx", &in_width, &in_height, &width,
+                  &height, &filter, &key, &expected.left, &expected.top, &expected.width, &expected.height,
+                  &mirrored, &expected_crc) == 12;
+         cases++) {
+        image in = random_image(cases, in_width, in_height, 3), out;
+        error_text e;
+        uint64_t drawn = 0;
+        image_area found = transform_random_area(in_width, in_height, key, &drawn);
+        assert_memory_equal(&found, &expected, sizeof found);
+        assert_int_equal(random_below(key, drawn, 2), mirrored);
+        if (transform_train(&in, width, height, (resize_filter)filter, key, &out, &e)) fail_msg("%s", e.text);
+        if (crc(&out) != expected_crc)
+            fail_msg("case %zu: found crc %08lx, expected %08lx", cases, crc(&out), expected_crc);
+        image_free(&in);
+        image_free(&out);
+    }
+    assert_true(feof(file));
+    assert_int_equal(cases, 48);
+    fclose(file);
+}
+
+static void random_rectangles_lie_inside_and_have_their_shape(void **state) {
+    (void)state;
+    enum { DRAWS = 20000 };
+    double area = 0, mirrored = 0;
+    for (size_t i = 0; i < DRAWS; i++) {
+        uint64_t drawn = 0, key = random_key(5, RANDOM_AUGMENTATION, 0, i);
+        image_area a = transform_random_area(400, 400, key, &drawn);
+        assert_true(a.left + a.width <= 400 && a.top + a.height <= 400);
+        double ratio = (double)a.width / (double)a.height;
+        assert_true(ratio > 0.74 && ratio < 1.35);
+        area += (double)(a.width * a.height) / 160000 / DRAWS;
+        mirrored += (double)random_below(key, drawn, 2) / DRAWS;
+    }
+    /* A uniform area from 0.08 to 1 has the mean 0.54; large ones of long shapes do not fit: drawn again. */
+    assert_true(area > 0.45 && area < 0.54);
+    assert_float_equal(mirrored, 0.5, 0.015);
+}
+
+static void impossible_transforms_are_refused(void **state) {
+    (void)state;
+    image in = random_image(0, 30, 1, 3), out;
+    error_text e;
+    assert_int_equal(transform_eval(&in, 8, 8, 0, RESIZE_BICUBIC, &out, &e), -1);
+    assert_message(&e, "crop_pct 0", "expected", NULL);
+    assert_int_equal(transform_eval(&in, 8, 8, NAN, RESIZE_BICUBIC, &out, &e), -1);
+    assert_int_equal(transform_eval(&in, 8, 8, 100, RESIZE_BICUBIC, &out, &e), -1);
+    assert_message(&e, "30 x 1 to ", "expected", NULL);
+    assert_int_equal(transform_eval(&in, 0, 8, 0.9, RESIZE_BICUBIC, &out, &e), -1);
+    assert_int_equal(transform_train(&in, 0, 8, RESIZE_BICUBIC, 1, &out, &e), -1);
+    assert_null(out.pixels);
+    image_free(&in);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(resized_images_are_those_of_pillow),
@@ -190,6 +492,17 @@ int main(void) {
         cmocka_unit_test(crops_are_padded_with_zeros),
         cmocka_unit_test(impossible_sizes_are_refused),
         cmocka_unit_test(weights_are_those_of_pytorch),
+        cmocka_unit_test(decoded_images_are_those_of_pillow),
+        cmocka_unit_test(every_truncated_image_is_refused),
+        cmocka_unit_test(a_jpeg_without_its_lower_half_is_refused),
+        cmocka_unit_test(other_files_are_refused_by_their_type),
+        cmocka_unit_test(claims_of_60000_pixels_a_side_are_refused),
+        cmocka_unit_test(damaged_png_and_bmp_are_refused),
+        cmocka_unit_test(files_that_cannot_be_read_are_refused),
+        cmocka_unit_test(evaluation_is_that_of_timm),
+        cmocka_unit_test(random_crops_are_those_of_torchvision),
+        cmocka_unit_test(random_rectangles_lie_inside_and_have_their_shape),
+        cmocka_unit_test(impossible_transforms_are_refused),
     };
     return cmocka_run_group_tests_name("image", tests, NULL, NULL);
 }
