@@ -1,7 +1,7 @@
 # make         builds ./train and prints what was found on this machine
 # make demo    installs what is missing, builds, and trains a small ViT on two local ranks
 # make test    installs what the tests need, builds, and runs every test that needs no GPU
-# make bench   times operations, and two ranks against one process; prints fractions and ratios
+# make bench   times operations, decoding, and two ranks against one process; prints fractions and ratios
 
 CC       := gcc
 CFLAGS   := -O3 -g -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math
@@ -13,7 +13,7 @@ HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image metrics
 TESTS   := $(PARSERS) checkpoint runtime ops model dist waits
 SCRIPTS := example mismatch train errors
-FUZZERS := options safetensors idx cifar
+FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
 .SECONDARY:
@@ -77,6 +77,9 @@ build/plain/test_image_stb: tests/test_image.c $(HEADERS) build/config.mk # the 
 build/plain/bench_cpu build/plain/mismatch: build/plain/%: tests/%.c build/plain/vit_cpu.o $(HEADERS)
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $< build/plain/vit_cpu.o -o $@ $(plain_LIBS)
 
+build/plain/bench_decode: tests/bench_decode.c $(HEADERS) build/config.mk | build/plain/
+	$(CC) $(CFLAGS) $(plain_CFLAGS) $< -o $@ $(plain_LIBS)
+
 PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%)
 PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist
 
@@ -102,8 +105,10 @@ fuzz:
 	@$(MAKE) --no-print-directory $(FUZZERS:%=build/fuzz/%)
 	@tests/fuzz.sh $(FUZZ_SECONDS) $(FUZZERS)
 
-bench: train build/plain/bench_cpu
+bench: train build/plain/bench_cpu build/plain/bench_decode
 	build/plain/bench_cpu
+	@if [ -n "$$DATA_DIR" ]; then build/plain/bench_decode "$$DATA_DIR"; \
+	else echo "decoding: skipped, as DATA_DIR names no folder of images"; fi
 	tests/bench_ranks.sh
 
 bench-pytorch bench-gpu validate docs:

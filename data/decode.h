@@ -47,10 +47,12 @@
 #include <stb/stb_image.h>
 #pragma GCC diagnostic pop
 
-enum { DECODE_LARGEST_FILE = 1 << 30 };
+enum { DECODE_LARGEST_FILE = 1 << 30, DECODE_MOST_SCANS = 500 };
 
 /* Twice the pixels from which Pillow warns of a decompression bomb, where it refuses. */
+#ifndef DECODE_MOST_PIXELS
 #define DECODE_MOST_PIXELS (2 * (size_t)89478485)
+#endif
 
 /* Fails on sizes that no image has or that memory should not be asked for. */
 static inline int decode_check_size(size_t width, size_t height, const char *path, error_text *e) {
@@ -76,6 +78,7 @@ typedef struct {
     image *out;
     jpeg_entropy entropy;
     uint8_t *inks; /* the rows of a CMYK image on their way */
+    size_t scans;
     const char *path;
     error_text *e;
 } decode_jpeg_state;
@@ -90,12 +93,18 @@ static inline void decode_jpeg_fail(j_common_ptr info) {
 }
 
 /* libjpeg calls this where it has a way to go on (level -1) and for its log. Pixels made up for missing data
- * are an error; harmless oddities, such as bytes between segments, are not. */
+ * are an error; harmless oddities, such as bytes between segments, are not. The log tells of each scan: a
+ * small file can hold so many that a large image takes hours. */
 static inline void decode_jpeg_warn(j_common_ptr info, int level) {
+    decode_jpeg_state *s = info->client_data;
     int code = info->err->msg_code;
     if (level < 0 && (code == JWRN_HIT_MARKER || code == JWRN_JPEG_EOF || code == JWRN_HUFF_BAD_CODE ||
                       code == JWRN_ARITH_BAD_CODE || code == JWRN_MUST_RESYNC))
         decode_jpeg_fail(info);
+    if (level >= 0 && code == JTRC_SOS && ++s->scans > DECODE_MOST_SCANS) {
+        decode_damaged("JPEG", "more than 500 scans", s->path, s->e);
+        longjmp(s->escape, 1);
+    }
 }
 
 /* RGB of n pixels of inverted CMYK: the inks' complement, darkened by black, rounded as Pillow does. */
@@ -139,7 +148,7 @@ static inline int decode_jpeg_rows(decode_jpeg_state *s, const uint8_t *bytes, s
 static inline int decode_jpeg(image *out, const uint8_t *bytes, size_t size, const char *path,
                               error_text *e) {
     decode_jpeg_state s;
-    s.out = out, s.inks = NULL, s.path = path, s.e = e;
+    s.out = out, s.inks = NULL, s.scans = 0, s.path = path, s.e = e;
     volatile int failed = -1; /* libjpeg may jump back to setjmp */
     s.info.err = jpeg_std_error(&s.errors);
     s.info.client_data = &s;
