@@ -1,7 +1,7 @@
 /* bench_decode.c - how many JPEGs a second one core decodes. No test.
  *
- *     ./bench_decode DIRECTORY [COUNT]     COUNT of the JPEGs in it or up to three levels below, evenly spaced
- *     ./bench_decode DIRECTORY COUNT -     prints their names, then one round's seconds for each line of input
+ *     ./bench_decode DIRECTORY [COUNT]   COUNT of the JPEGs in it or up to three levels below, evenly spaced
+ *     ./bench_decode DIRECTORY COUNT -   prints their names, then a round's seconds for each line of input
  *
  * Files are in memory before. Prints the median of ROUNDS rounds, in the thread's own time, which other
  * processes cannot take. The second form is for tests/bench_decode.py, which lets others have their turn in

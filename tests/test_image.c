@@ -269,12 +269,10 @@ static void every_truncated_image_is_refused(void **state) {
     fclose(file);
 }
 
-/* Data that ends in the middle, though the end's marker is there. */
+#ifdef HAVE_JPEG
+/* Data that ends in the middle, though the end's marker is there: more than stb_image notices. */
 static void a_jpeg_without_its_lower_half_is_refused(void **state) {
     (void)state;
-#ifndef HAVE_JPEG
-    skip();
-#endif
     static const char *const names[] = {"420.jpg", "420-progressive.jpg", "restarts.jpg", "grey.jpg",
                                         "cmyk.jpg"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
@@ -289,6 +287,7 @@ static void a_jpeg_without_its_lower_half_is_refused(void **state) {
         free(bytes);
     }
 }
+#endif
 
 static void assert_refused(const void *bytes, size_t size, const char *found, const char *expected) {
     image out;
@@ -494,7 +493,9 @@ int main(void) {
         cmocka_unit_test(weights_are_those_of_pytorch),
         cmocka_unit_test(decoded_images_are_those_of_pillow),
         cmocka_unit_test(every_truncated_image_is_refused),
+#ifdef HAVE_JPEG
         cmocka_unit_test(a_jpeg_without_its_lower_half_is_refused),
+#endif
         cmocka_unit_test(other_files_are_refused_by_their_type),
         cmocka_unit_test(claims_of_60000_pixels_a_side_are_refused),
         cmocka_unit_test(damaged_png_and_bmp_are_refused),
