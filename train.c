@@ -147,7 +147,7 @@ static int prepare_data(run *r, dataset_kind kind, error_text *e) {
         r->train.mean[i] = r->val.mean[i];
         r->train.std[i] = r->val.std[i];
     }
-    r->card = (model_card){r->val.mean, r->val.std, r->val.label_names, r->val.classes};
+    r->card = (model_card){r->val.mean, r->val.std, r->val.label_names, r->val.classes, r->source.transform};
     return 0;
 }
 
@@ -687,7 +687,7 @@ static int rank_body(rt_rank *rank, void *argument) {
         rt_fail(rank, "rank %d: out of memory for batches of %zu images", rank->rank, B);
     } else if (!dist_comm_open(&t.comm, r->hub, rank, &vit_cpu)) {
         int failed = dist_open(&t.d, &t.comm, &r->model, &d, &e);
-        if (!failed && r->loaded) failed = model_source_load(&r->source, &t.d, &e);
+        if (!failed && r->loaded) failed = model_source_load(&r->source, &t.d, o->seed, &e);
         for (size_t u = 0; u < r->model.units && !failed && !r->loaded; u++) {
             float *values = malloc(r->model.unit[u].count * sizeof *values);
             if (!values)
