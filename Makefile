@@ -11,7 +11,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image metrics
-TESTS   := $(PARSERS) checkpoint runtime ops model dist waits
+TESTS   := $(PARSERS) checkpoint pretrained runtime ops model dist waits
 SCRIPTS := example mismatch train errors
 FUZZERS := options safetensors idx cifar image
 

@@ -3,7 +3,7 @@
  *
  *     model_card card = {mean, std, label_names, classes};
  *     if (checkpoint_save(&d, "runs/first/checkpoints/step-00000123", &card, &e)) ...   // as every rank
- *     if (model_source_export(&s, &model, "vit-hf", MODEL_HF, &card, &e)) ...           // from a checked source
+ *     if (model_source_export(&s, &model, "vit-hf", MODEL_HF, &card, &e)) ...   // of a checked source
  *
  * Both go through a model_writer. Files hold whole tensors in their logical shapes; each rank writes its own
  * elements of them in place, so that what one strategy wrote any other can read. A folder appears by one
@@ -268,8 +268,8 @@ static inline int checkpoint__write_shards(dist *d, model_writer *w, error_text 
     return 0;
 }
 
-/* Writes the weights that the ranks train, in timm's format; every rank must call it. On failure nothing is left
- * of the folder, and the ranks that did not cause it find e->text empty. */
+/* Writes the weights that the ranks train, in timm's format; every rank must call it. On failure nothing is
+ * left of the folder, and the ranks that did not cause it find e->text empty. */
 static inline int checkpoint_save(dist *d, const char *folder, const model_card *card, error_text *e) {
     model_writer w = {.fd = -1};
     int first = d->comm->index == 0;

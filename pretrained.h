@@ -2,25 +2,25 @@
  *
  *     model_source s;
  *     vit_config config;
- *     if (model_source_open(&s, "vit-base-patch16-224", &e)) ...  // a file, a model or step folder, a whole run
+ *     if (model_source_open(&s, "vit-base-patch16-224", &e)) ...  // a file, a model or step folder, a run
  *     s.may_replace_head = 1;                                     // to be trained on other classes
- *     if (model_source_config(&s, &config, &e)) ...               // from config.json; a bare file: from shapes
+ *     if (model_source_config(&s, &config, &e)) ...               // from config.json, or from the shapes
  *     config.num_classes = 10;                                    // and vit_model_init(&model, &config, ...)
- *     if (model_source_check(&s, &model, &e)) ...                 // every tensor is there, and no other
+ *     if (model_source_check(&s, &model, &e)) ...                 // each tensor is there, and no other
  *     puts(s.notes);                                              // what is adapted, in words
  *     if (model_source_load(&s, &d, seed, &e)) ...                // as every rank: this rank's part of them
  *     model_source_close(&s);
  *
- * Contents: names, opening, configurations, checking, loading.
+ * Contents: opening, configurations, checking, loading.
  *
- * One table says how timm and Hugging Face (transformers 4.x and 5.x) name the tensors of this model; in which
- * of the namings a file is, its tensors tell. Nothing is guessed: a tensor that is missing, or that the naming
- * does not have, is an error. Two things are adapted: a head of another size is replaced by a fresh one, where
- * the caller allows it, and the positions of another grid of patches are resampled as timm does.
+ * In which of the namings of model_names.h a file is, its tensors tell. Nothing is guessed: a tensor that is
+ * missing, or that the naming does not have, is an error. Two things are adapted: a head of another size is
+ * replaced by a fresh one, where the caller allows it, and the positions of another grid of patches are
+ * resampled as timm does.
  *
  * A source is opened and checked by one thread; then ranks may share it, as loading only reads it. Left out:
- * files in several parts, pickles (the message says how to convert one), distilled and register tokens,
- * layer scale, pooling other than the class token.
+ * files in several parts, pickles (the message says how to convert one), distilled and register tokens, layer
+ * scale, pooling other than the class token.
  */
 #ifndef PRETRAINED_H
 #define PRETRAINED_H
@@ -30,140 +30,14 @@
 
 #include "data/resize.h"
 #include "dist.h"
-#include "io/file.h"
-#include "io/json.h"
-#include "io/safetensors.h"
+#include "model_names.h"
 
-enum { CHECKPOINT_PATH = 4096, MODEL_NAME = 128 };
-
-/* -------------------------------------------------------------------------------------------------- names */
-
-typedef enum { SPELLING_TIMM, SPELLING_HF4, SPELLING_HF5, SPELLINGS } model_spelling;
-
-typedef struct model_naming {
-    model_spelling spelling;
-    const char *prefix; /* of every name but the head's */
-} model_naming;
-
-/* How each part of the model is spelled; # is the number of a block, and "weight" or "bias" follows a point.
- * Three rows for one of timm: it stores q, k and v as one tensor, one below the other in this order. */
-static const char *const model_names[][SPELLINGS] = {
-    /* timm, transformers 4.x (5.x writes these too), transformers 5.x in memory */
-    {"cls_token", "embeddings.cls_token", "embeddings.cls_token"},
-    {"pos_embed", "embeddings.position_embeddings", "embeddings.position_embeddings"},
-    {"patch_embed.proj.", "embeddings.patch_embeddings.projection.",
-     "embeddings.patch_embeddings.projection."},
-    {"blocks.#.norm1.", "encoder.layer.#.layernorm_before.", "layers.#.layernorm_before."},
-    {"blocks.#.attn.qkv.", "encoder.layer.#.attention.attention.query.", "layers.#.attention.q_proj."},
-    {"blocks.#.attn.qkv.", "encoder.layer.#.attention.attention.key.", "layers.#.attention.k_proj."},
-    {"blocks.#.attn.qkv.", "encoder.layer.#.attention.attention.value.", "layers.#.attention.v_proj."},
-    {"blocks.#.attn.proj.", "encoder.layer.#.attention.output.dense.", "layers.#.attention.o_proj."},
-    {"blocks.#.norm2.", "encoder.layer.#.layernorm_after.", "layers.#.layernorm_after."},
-    {"blocks.#.mlp.fc1.", "encoder.layer.#.intermediate.dense.", "layers.#.mlp.fc1."},
-    {"blocks.#.mlp.fc2.", "encoder.layer.#.output.dense.", "layers.#.mlp.fc2."},
-    {"norm.", "layernorm.", "layernorm."},
-    {"head.", "classifier.", "classifier."},
-};
-enum { MODEL_NAMES = sizeof model_names / sizeof *model_names };
-
-/* What Hugging Face's files hold beside the model that classifies: of no use here, so it is left aside. */
-static const char *const model_names_ignored[] = {"pooler.dense.weight", "pooler.dense.bias",
-                                                  "embeddings.mask_token", "embeddings.position_ids"};
-
-/* What follows in `name` behind the pattern, or NULL where they differ; the number of the block as text. */
-static inline const char *model_name__behind(const char *pattern, const char *name, char block[16]) {
-    for (; *pattern; pattern++) {
-        size_t digits = strspn(name, "0123456789");
-        if (*pattern == '#' ? digits == 0 || digits > 15 : *pattern != *name) return NULL;
-        if (*pattern == '#') snprintf(block, 16, "%.*s", (int)digits, name);
-        name += *pattern == '#' ? digits : 1;
-    }
-    return name;
-}
-
-/* The names in a file of one of the model's tensors, which has timm's name: one, or three that hold a third of
- * it each. */
-static inline size_t model_name_parts(model_naming n, const char *name, char parts[3][MODEL_NAME]) {
-    size_t count = 0;
-    for (size_t i = 0; i < MODEL_NAMES && (n.spelling != SPELLING_TIMM || count == 0); i++) {
-        char block[16] = "";
-        const char *rest = model_name__behind(model_names[i][SPELLING_TIMM], name, block);
-        const char *pattern = model_names[i][n.spelling], *number = strchr(pattern, '#');
-        if (!rest) continue;
-        snprintf(parts[count++], MODEL_NAME, "%s%.*s%s%s%s", strncmp(name, "head.", 5) ? n.prefix : "",
-                 (int)(number ? number - pattern : (ptrdiff_t)strlen(pattern)), pattern, block,
-                 number ? number + 1 : "", rest);
-    }
-    return count;
-}
-
-/* The tensor of a file that has timm's name (its first part), or NULL. */
-static inline const st_tensor *model_name_find(const safetensors *f, model_naming n, const char *name) {
-    char parts[3][MODEL_NAME];
-    return model_name_parts(n, name, parts) ? safetensors_find(f, parts[0]) : NULL;
-}
-
-/* The naming of a file: the one of which it has most names in its first block and outside of the blocks. */
-static inline model_naming model_naming_of(const safetensors *f) {
-    static const model_naming all[] = {{SPELLING_TIMM, ""},
-                                       {SPELLING_HF4, "vit."},
-                                       {SPELLING_HF5, "vit."},
-                                       {SPELLING_HF4, ""},
-                                       {SPELLING_HF5, ""}};
-    size_t best = 0, most = 0;
-    for (size_t k = 0; k < sizeof all / sizeof *all; k++) {
-        size_t found = 0;
-        for (size_t i = 0; i < MODEL_NAMES; i++) {
-            char name[64], *number;
-            snprintf(name, sizeof name, "%s", model_names[i][SPELLING_TIMM]);
-            if ((number = strchr(name, '#'))) *number = '0';
-            if (name[strlen(name) - 1] == '.') strcat(name, "weight");
-            found += model_name_find(f, all[k], name) != NULL;
-        }
-        if (found > most) most = found, best = k;
-    }
-    return all[best];
-}
-
-/* One tensor of a file, and where its elements lie in the flat run of its unit. */
-typedef struct model_part {
-    char name[MODEL_NAME];
-    size_t dims, shape[4], count;
-    size_t unit, tensor, offset; /* index of the unit, of its tensor; of the first element in the unit */
-} model_part;
-
-/* All tensors that a file with this model has, unit by unit; the caller frees *parts. */
-static inline int model_parts(const vit_model *m, model_naming n, model_part **parts, size_t *count,
-                              error_text *e) {
-    size_t most = 0;
-    for (size_t u = 0; u < m->units; u++) most += 3 * m->unit[u].tensors;
-    *count = 0;
-    *parts = calloc(most, sizeof **parts);
-    if (!*parts) return error_set(e, "out of memory for the names of %zu tensors", most);
-    for (size_t u = 0; u < m->units; u++)
-        for (size_t k = 0; k < m->unit[u].tensors; k++) {
-            const vit_tensor *t = &m->unit[u].tensor[k];
-            char names[3][MODEL_NAME];
-            size_t thirds = model_name_parts(n, t->name, names);
-            for (size_t i = 0; i < thirds; i++) {
-                model_part *p = &(*parts)[(*count)++];
-                memcpy(p->name, names[i], MODEL_NAME);
-                memcpy(p->shape, t->shape, sizeof p->shape);
-                p->shape[0] /= thirds;
-                p->dims = t->dims;
-                p->count = t->count / thirds;
-                p->unit = u;
-                p->tensor = k;
-                p->offset = t->offset + i * p->count;
-            }
-        }
-    return 0;
-}
+enum { CHECKPOINT_PATH = 4096 };
 
 /* ------------------------------------------------------------------------------------------------ opening */
 
-/* How an image of another size becomes one of the model's: its shorter side is resized to the model's / crop_pct,
- * and the centre cut out. Squashed: both sides are, whatever the image's aspect. */
+/* How an image of another size becomes one of the model's: its shorter side is resized to the model's /
+ * crop_pct, and the centre cut out. Squashed: both sides are, whatever the image's aspect. */
 typedef struct model_transform {
     double crop_pct;
     int bilinear; /* else bicubic */
@@ -485,9 +359,16 @@ static inline source_shapes source__shapes(const model_source *s) {
                        .patch_size = source__dimension(s, "patch_embed.proj.weight", 4, 2),
                        .hidden = source__dimension(s, "blocks.0.mlp.fc1.weight", 2, 0),
                        .positions = source__dimension(s, "pos_embed", 3, 1)};
-    for (char name[64]; x.depth < 4096; x.depth++) {
-        snprintf(name, sizeof name, "blocks.%zu.norm1.weight", x.depth);
-        if (!model_name_find(&s->file, s->naming, name)) break;
+    for (size_t i = 0; i < s->file.count; i++) { /* the largest number of a block */
+        const char *name = s->file.tensors[i].name;
+        size_t prefix = strlen(s->naming.prefix), block = 0;
+        if (strncmp(name, s->naming.prefix, prefix)) continue;
+        for (size_t k = 0; k < MODEL_NAMES; k++) {
+            char number[16] = "";
+            if (model_name__behind(model_names[k][s->naming.spelling], name + prefix, number) && *number)
+                block = strtoul(number, NULL, 10) + 1;
+        }
+        if (block > x.depth) x.depth = block;
     }
     return x;
 }
@@ -786,8 +667,8 @@ static inline void source__write_notes(model_source *s, const vit_model *m, cons
     if (ignored->count) source__note(s, "ignored %s%s", ignored->text, ignored->more);
 }
 
-/* Does the file have exactly this model's tensors, but for what can be adapted? Names what differs, and decides
- * what loading will do. */
+/* Does the file have exactly this model's tensors, but for what can be adapted? Names what differs, and
+ * decides what loading will do. */
 static inline int model_source_check(model_source *s, const vit_model *m, error_text *e) {
     size_t rows = m->config.image_height / m->P, columns = m->config.image_width / m->P;
     source_list missing = {0}, ignored = {0};
@@ -825,8 +706,9 @@ static inline void source__resample_rows(const resize_weights *w, const double *
                 to[i * size + d] += w->weight[i * w->most + k] * from[(w->first[i] + k) * size + d];
 }
 
-/* The positions [1, rows * columns + 1, D] of the file on another grid, as timm's resample_abs_pos_embed: that
- * of the class token stays, the others are resized like an image of D channels, bicubic and antialiased. */
+/* The positions [1, rows * columns + 1, D] of the file on another grid, as timm's resample_abs_pos_embed:
+ * that of the class token stays, the others are resized like an image of D channels, bicubic and antialiased.
+ * */
 static inline int source__resample(const model_source *s, const st_tensor *t, size_t D, float *out,
                                    error_text *e) {
     size_t columns = s->to_columns, row = columns * D, count = s->to_rows * row;
