@@ -311,7 +311,7 @@ static inline int source__resolve(model_source *s, const char *path, char folder
     if (stat(path, &st)) return error_set(e, "%s: cannot be read: %s", path, strerror(errno));
     if (!S_ISDIR(st.st_mode)) {
         snprintf(s->path, sizeof s->path, "%s", path);
-        return source__is_pickle(path) ? source__refuse_pickle(path, e) : 0;
+        return 0;
     }
     snprintf(folder, CHECKPOINT_PATH, "%s", path);
     if (checkpoint__join(s->path, folder, "model.safetensors", e)) return -1;
@@ -332,7 +332,9 @@ static inline int source__resolve(model_source *s, const char *path, char folder
 static inline int model_source_open(model_source *s, const char *path, error_text *e) {
     char folder[CHECKPOINT_PATH];
     *s = (model_source){.transform = {.crop_pct = 0.9}};
-    if (source__resolve(s, path, folder, e) || safetensors_open(s->path, &s->file, e)) return -1;
+    if (source__resolve(s, path, folder, e)) return -1;
+    if (source__is_pickle(s->path)) return source__refuse_pickle(s->path, e);
+    if (safetensors_open(s->path, &s->file, e)) return -1;
     s->naming = model_naming_of(&s->file);
     const st_tensor *head = model_name_find(&s->file, s->naming, "head.weight");
     s->classes = head && head->rank == 2 ? head->shape[0] : 0;

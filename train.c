@@ -3,6 +3,7 @@
  *     make && ./train --nproc-per-node 2                       # the embedded digits, two local ranks
  *     ./train --data-path cifar-10-batches-bin --epochs 6
  *     ./train eval --checkpoint runs/... --data-path cifar-10-batches-bin
+ *     ./train export --checkpoint runs/... --format hf --output-dir vit-hf
  *
  * In this order: preparation (options, data, model), batches, evaluation, the training loop, commands, main.
  * The strategies are in dist.h, the model in vit.h, its folders on disk in checkpoint.h, the options in
@@ -70,6 +71,7 @@ static int prepare_config(run *r, dataset_kind kind, error_text *e) {
     if (*path) {
         if (model_source_open(&r->source, path, e)) return -1;
         r->loaded = 1;
+        r->source.may_replace_head = *o->pretrained != 0;
         if (model_source_config(&r->source, c, e)) return -1;
         if (*o->model && strcmp(o->model, c->name))
             return error_set(e, "%s: found a %s, expected a %s (--model)", path, c->name, o->model);
@@ -100,7 +102,7 @@ static int prepare_dataset(run *r, dataset *d, dataset_kind kind, int train, err
     if (limit == SIZE_MAX) limit = 0;
     if (kind != DATASET_SYNTHETIC)
         return dataset_load(d, kind, *o->data_path ? o->data_path : NULL, train, limit, e);
-    size_t classes = given(r, &o->num_classes) || r->loaded ? c->num_classes : 10;
+    size_t classes = (given(r, &o->num_classes) || r->loaded) && c->num_classes ? c->num_classes : 10;
     return dataset_synthetic(d,
                              limit   ? limit
                              : train ? 1024
@@ -120,7 +122,7 @@ static int prepare_data(run *r, dataset_kind kind, error_text *e) {
     const dataset *d = &r->val;
     if (small && !given(r, &o->image_size)) c->image_height = d->height, c->image_width = d->width;
     if (!r->loaded) c->channels = d->channels;
-    if (!r->loaded && !given(r, &o->num_classes)) c->num_classes = d->classes;
+    if ((!r->loaded || r->source.may_replace_head) && !given(r, &o->num_classes)) c->num_classes = d->classes;
     if (d->classes > c->num_classes)
         return error_set(e, "%s has %zu classes, more than the model's %zu (--num-classes)",
                          dataset_kind_names[kind], d->classes, c->num_classes);
@@ -206,6 +208,14 @@ static int prepare(run *r, error_text *e) {
                    (r->loaded && model_source_check(&r->source, &r->model, e))
                ? -1
                : 0;
+}
+
+/* What was done to a loaded model beside reading it. */
+static void show_notes(const run *r) {
+    const train_options *o = &r->o;
+    if (*r->source.notes && !o->quiet)
+        fprintf(stderr, "%s %s: %s\n", *o->checkpoint ? "checkpoint" : "pretrained",
+                *o->checkpoint ? o->checkpoint : o->pretrained, r->source.notes);
 }
 
 /* ------------------------------------------------------------------------------------------------ batches */
@@ -823,6 +833,34 @@ static int command_env(run *r, error_text *e, char **table) {
     return run_ranks(r, env_body, e, table);
 }
 
+/* Writes the model of --checkpoint as a folder that timm or Hugging Face's transformers open. */
+static int command_export(run *r, error_text *e) {
+    train_options *o = &r->o;
+    model_source *s = &r->source;
+    size_t length = strlen(o->output_dir);
+    while (length > 1 && o->output_dir[length - 1] == '/') o->output_dir[--length] = 0;
+    if (prepare_config(r, DATASET_DIGITS, e) || vit_model_init(&r->model, &r->config, RT_FP32, e) ||
+        model_source_check(s, &r->model, e))
+        return -1;
+    show_notes(r);
+    for (int i = 0; i < 3 && !s->has_normalisation; i++) s->mean[i] = s->std[i] = 0.5f;
+    if (!s->has_normalisation && !o->quiet)
+        fprintf(stderr, "%s does not say how images are normalised: mean and deviation 0.5\n", s->path);
+    if (o->format == CHOICE_FORMAT_HF && !s->transform.squash && !o->quiet &&
+        r->config.image_height != r->config.image_width)
+        fprintf(stderr,
+                "transformers will stretch images of another aspect: its processors do not crop to "
+                "%zux%zu\n",
+                r->config.image_height, r->config.image_width);
+    model_card card = {s->mean, s->std, NULL, 0, s->transform};
+    if (model_source_labels(s, &card.label_names, &card.labels, e)) return -1;
+    int failed = model_source_export(s, &r->model, o->output_dir,
+                                     o->format == CHOICE_FORMAT_HF ? MODEL_HF : MODEL_TIMM, &card, e);
+    free(card.label_names);
+    if (!failed) printf("results: %s\n", o->output_dir);
+    return failed;
+}
+
 static int command_help(const train_options *o, error_text *e) {
     const char *topic = o->state.argument_count ? o->state.arguments[0] : NULL;
     if (topic && !strcmp(topic, "cluster")) return error_set(e, "help cluster is not built yet");
@@ -864,12 +902,22 @@ int main(int argc, char **argv) {
         status = command_help(&r->o, &e) ? 2 : 0;
     } else if (r->o.state.command == COMMAND_ENV) {
         status = command_env(r, &e, &table) ? 1 : 0;
+    } else if (r->o.state.command == COMMAND_EXPORT) {
+        const char *missing = !*r->o.checkpoint   ? "checkpoint, expected the model to export"
+                              : r->o.format < 0   ? "format, expected timm or hf"
+                              : !*r->o.output_dir ? "output-dir, expected a new folder"
+                                                  : NULL;
+        if (missing)
+            status = 2, error_set(&e, "export: found no --%s", missing);
+        else
+            status = command_export(r, &e) ? 1 : 0;
     } else {
         r->evaluating = r->o.state.command == COMMAND_EVAL;
         if (r->evaluating && !*r->o.checkpoint) {
             error_set(&e, "eval: found no --checkpoint, expected the model to evaluate");
             status = 2;
         } else if (!prepare(r, &e) && (r->evaluating || !prepare_output(r, &e))) {
+            show_notes(r);
             status = run_ranks(r, rank_body, &e, &table) ? 1 : 0;
         }
     }

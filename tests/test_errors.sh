@@ -108,7 +108,7 @@ two_lines=$(printf 'a\ntrain: error: b')
 usage "a value of two lines" "--optimizer: found 'a\?train: error: b'" --optimizer "$two_lines"
 usage "eval without a model" "eval: found no --checkpoint" eval
 
-for command in predict compare export simulate plan; do
+for command in predict compare simulate plan; do
     usage "$command is of later" "$command is not built yet" $command
 done
 for option in "strategy zero3" "strategy fsdp" "device cuda" "backend tcp" "precision bf16" trace prefetch \
@@ -266,15 +266,12 @@ loads() { name=$1 pattern=$2; shift 2; refused "pretrained: $name" "$pattern" --
 timm=tests/golden/timm_tiny
 loads "missing" "$work/none: $no_file" "$work/none"
 loads "an empty folder" "empty: found neither model.safetensors nor checkpoints/latest" "$empty"
-loads "another number of classes" "tensor head.weight: found shape \[10, 16\], expected \[12, 16\]" \
-    "$model" --num-classes 12
 loads "another patch size" "patch_embed.proj.weight: found shape .* 2, 2\], expected .* 1, 1\]" \
     "$model" --patch-size 1
-loads "another image size" "pos_embed: found shape \[1, 17, 16\], expected \[1, 3, 16\]" \
-    "$model" --image-size 5x3 --data-path "$work/mnist" --batch-size 2
 loads "another depth" "found no tensor blocks.2" "$model" --depth 3
 loads "less depth" "found tensor blocks.1.* which the model does not have" "$model" --depth 1
-loads "fewer classes than the data" "digits has 10 classes, more than the model's 5" $timm --image-size 8
+loads "fewer classes than the data" "digits has 10 classes, more than the model's 5" $timm --image-size 8 \
+    --num-classes 5
 loads "another image size than the data's" "digits has images of 8x8, the model takes 16x16" \
     $timm --num-classes 10
 loads "another model than the named one" "found a vit_tiny_patch16_224, expected a vit_base_patch16_224" \
@@ -283,6 +280,12 @@ loads "a bare file without the heads" "tell the number of heads, expected --num-
     "$model/model.safetensors"
 loads "two models" "found both --checkpoint and --pretrained" "$model" --checkpoint "$model"
 fails "eval: no such checkpoint" 1 "none: $no_file" eval --checkpoint "$work/none" --nproc-per-node 3
+fails "eval: another number of classes" 1 "tensor head.weight: found shape \[10, 16\], expected \[12, 16\]" \
+    eval --checkpoint "$model" --num-classes 12
+fails "eval: fewer classes than the data" 1 "digits has 10 classes, more than the model's 5" \
+    eval --checkpoint $timm --image-size 8
+fails "eval: no head" 1 "hf_base/model.safetensors: found no tensor classifier.weight, expected a model" \
+    eval --checkpoint tests/golden/pretrained/hf_base
 fails "eval: other data" 1 "cifar10 has images of 32x32, the model takes 8x8" \
     eval --checkpoint "$model" --data-path "$work/cifar"
 
@@ -341,6 +344,52 @@ spoil model config.json; sed 's/"token"/"avg"/' "$model/config.json" >"$file"
 bad_model "another pooling" "global_pool: found avg"
 spoil model config.json; sed '/"std"/s/\[.*\]/[0]/' "$model/config.json" >"$file"
 bad_model "a deviation of zero" "std: found"
+
+# Models of others. spoil copies from $work, so they lie there too.
+cp -r tests/golden/pretrained/hf4 "$work/hf"
+spoil hf config.json; sed 's/"hidden_size": 24/"hidden_size": 48/' "$work/hf/config.json" >"$file"
+bad_model "a configuration that contradicts the tensors" \
+    "bad/config.json: hidden_size: found 48, expected 24 by the tensors of .*bad/model.safetensors"
+spoil hf config.json; sed 's/"gelu"/"relu"/' "$work/hf/config.json" >"$file"
+bad_model "another activation" "bad/config.json: hidden_act: found relu, expected gelu"
+spoil hf config.json; sed 's/"vit"/"swin"/' "$work/hf/config.json" >"$file"
+bad_model "another model of Hugging Face" "bad/config.json: model_type: found swin, expected vit"
+spoil hf preprocessor_config.json; echo '{' >"$file"
+bad_model "a truncated preprocessor_config.json" "preprocessor_config.json: found invalid or truncated JSON"
+spoil hf model.safetensors; sed 's/vit.layernorm.bias/vit.layernorm.bios/' "$work/hf/${file##*/}" >"$file"
+loads "a tensor of another name" \
+    "found no tensor vit.layernorm.bias, which .*, and tensor vit.layernorm.bios, which it has not" \
+    "$work/bad" --dataset synthetic
+spoil hf model.safetensors; mv "$file" "$work/bad/pytorch_model.bin"; file=$work/bad/pytorch_model.bin
+bad_model "a pickle alone in a folder" \
+    "bad/pytorch_model.bin: found a pickle file, .*; convert it with: python3 -c \"import torch; .*save_file"
+spoil hf model.safetensors
+printf 'PK\3\4\0\0\10\10%18s\20\0\0\0archive/data.pkl' '' >"$file"
+bad_model "a pickle by its content" "bad/model.safetensors: found a pickle file, .*convert it with: python3"
+
+to="--output-dir $work/exported"
+# shellcheck disable=SC2086
+{
+usage "export without a model" "export: found no --checkpoint" export --format hf $to
+usage "export without a format" "export: found no --format, expected timm or hf" export --checkpoint x $to
+usage "export without a folder" "export: found no --output-dir" export --checkpoint x --format timm
+usage "export to another format" "--format: found 'onnx'" export --checkpoint x --format onnx $to
+fails "export: no such checkpoint" 1 "none: $no_file" export --checkpoint "$work/none" --format hf $to
+fails "export: an eps that timm cannot say" 1 "timm's config.json cannot say a LayerNorm eps of 1e-12" \
+    export --checkpoint "$work/hf" --format timm --quiet $to
+}
+fails "export: a folder that holds a model" 1 "hf: found model.safetensors, so it already holds a model" \
+    export --checkpoint "$model" --format timm --output-dir "$work/hf"
+fails "export: a folder that holds something else" 1 "cannot be renamed to $work/both: Directory not empty" \
+    export --checkpoint "$model" --format hf --output-dir "$work/both"
+fails "export: a folder below a file" 1 "config.json: cannot be made a directory" \
+    export --checkpoint "$model" --format hf --output-dir "$kept/config.json/x"
+spoil_weights; put $((size - 4)) '\0000\0000\0300\0177'
+# shellcheck disable=SC2086
+fails "export: a weight that is NaN" 1 "found nan at element" export --checkpoint "$work/bad" --format hf $to
+left=$(cd "$work" && echo exported* both.*)
+[ "$left" = "exported* both.*" ] && why= || why="found $left"
+verdict "nothing is left of a failed export" "$why"
 
 # ------------------------------------------------------------------------------- losses that are not finite
 

@@ -102,6 +102,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "layer-norm-eps",
                            "pretrained",
                            "checkpoint",
+                           "format",
                            "optimizer",
                            "learning-rate",
                            "weight-decay",
@@ -157,7 +158,6 @@ static void test_every_documented_option_is_there(void **state) {
                            "trace",
                            "trace-ranks",
                            "strategies",
-                           "format",
                            "logits"};
     assert_int_equal(train_table.count, COUNT(built) + COUNT(later));
     char word[64], message[128];
@@ -402,7 +402,6 @@ static void test_bad_command_lines(void **state) {
         {{"--activation-checkpointing=2"}, "--activation-checkpointing is not built yet"},
         {{"predict", "a.jpg"}, "predict is not built yet"},
         {{"compare"}, "compare is not built yet"},
-        {{"export"}, "export is not built yet"},
         {{"simulate", "--nodes=2"}, "simulate is not built yet"},
         {{"plan"}, "plan is not built yet"},
         {{"trian"}, "unknown command 'trian', did you mean train?"},
@@ -527,7 +526,7 @@ static void test_configuration_knows_what_is_not_built(void **state) {
         {"{\"reshard-after-forward\": false}", "f.json: reshard-after-forward is not built yet"},
         {"{\"activation-checkpointing\": 4}", "f.json: activation-checkpointing is not built yet"},
         {"{\"cluster\": \"p5\"}", "f.json: cluster is not built yet"},
-        {"{\"format\": \"hf\"}", "f.json: format is not built yet"},
+        {"{\"logits\": true}", "f.json: logits is not built yet"},
         {"{\"resume\": \"auto\"}", "f.json: resume is not built yet"},
         {"{\"strategy\": \"zero3\"}", "f.json: strategy zero3 is not built yet"},
     };

@@ -318,6 +318,52 @@ why=$(small_run eps --layer-norm-eps 1e-3 --max-steps 1 &&
 [ "$(jq .layer_norm_eps "$(latest eps-kept)/config.json")" = 0.001 ] || why="$why: it was lost"
 verdict "a pretrained model keeps its LayerNorm eps" "$why"
 
+# Another image size, other classes: adapted, said once whatever the ranks, and not with --quiet.
+adapted() {
+    for n in 1 3; do
+        run "adapted-$n" --pretrained tests/golden/timm_tiny --image-size 8 --limit-train 30 --limit-val 9 \
+            --batch-size 2 --max-steps 1 --nproc-per-node $n
+        found=$(grep -c '^pretrained ' "$work/adapted-$n.err")
+        [ "$found" = 1 ] || echo "$n ranks: found $found lines"
+        grep '^pretrained ' "$work/adapted-$n.err" | grep -F -x -v "pretrained tests/golden/timm_tiny: new head of\
+ 10 classes (file: 5); positions resampled from 2x2 to 1x1"
+    done
+    found=$(jq -c '[.num_classes, .model_args.img_size, .pretrained_cfg.label_names[9]]' \
+        "$(latest adapted-1)/config.json")
+    [ "$found" = '[10,[8,8],"9"]' ] || echo "the checkpoint is of $found"
+    run adapted-quiet --pretrained tests/golden/timm_tiny --image-size 8 --max-steps 1 --limit-val 9 --quiet
+    cat "$work/adapted-quiet.err"
+}
+verdict "a pretrained model gets another head and other positions" "$(adapted | head -1)"
+# The weights of a new head depend on the seed; those of the old one do not.
+new_head() { # RUN SEED
+    run "$1" --pretrained tests/golden/pretrained/hf_base --dataset synthetic --learning-rate 0 \
+        --weight-decay 0 --max-steps 1 --limit-val 9 --quiet --num-classes 4 --seed "$2"
+}
+heads() {
+    new_head head-1 1; new_head head-again 1; new_head head-2 2
+    same_weights head-1 head-again
+    [ -n "$(same_weights head-1 head-2)" ] || echo "the seed has no effect"
+}
+verdict "a new head is drawn by the seed" "$(heads | head -1)"
+
+exports() {
+    $train eval --checkpoint "$work/config" --limit-val 50 >"$work/a"
+    for format in timm hf; do
+        to=$work/export/$format
+        $train export --checkpoint "$work/config" --format $format --output-dir "$to" 2>&1 |
+            grep -v "^results: $to\$"
+        $train eval --checkpoint "$to" --limit-val 50 --quiet 2>&1 | cmp - "$work/a"
+        small_run "from-$format" --pretrained "$to" --max-steps 1
+    done
+    cmp "$work/export/timm/model.safetensors" \
+        "$work/config/checkpoints/$(cat "$work/config/checkpoints/best")/model.safetensors"
+    same_weights from-timm from-hf
+    found=$(cd "$work/export" && echo *)
+    [ "$found" = "hf timm" ] || echo "found $found"
+}
+verdict "an exported model evaluates and trains as the checkpoint does" "$(exports | head -1)"
+
 # --------------------------------------------------------------------------------------------- help and env
 
 helps() {
