@@ -58,9 +58,10 @@ typedef struct model_source {
     size_t classes;       /* of its head, 0: it has none */
     size_t rows, columns; /* of patches that it has positions for, 0: not known yet */
     int may_replace_head; /* the caller's to set: a head that is missing or of another size gets replaced */
-    model_part *parts;    /* of the model that it was checked against */
-    size_t part_count;    /* */
-    int replaces_head;    /* as the check decided, and */
+    /* decided by the check against a model */
+    model_part *parts; /* [part_count] all tensors that are read */
+    size_t part_count;
+    int replaces_head;
     size_t to_rows, to_columns; /* the grid to which positions are resampled, 0: they are not */
     char notes[1024];           /* what is done to fit the model, "" if nothing is */
 } model_source;
