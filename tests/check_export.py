@@ -7,7 +7,8 @@ torch, timm, transformers and Pillow:
 Both must load it strictly, and find the validation digits as often right as `train eval` does, with the same
 mean loss. Logits are compared with those of PyTorch in double, and with each other: within 1e-5. The folder
 of transformers, exported to timm again, must have the same bytes. Models of other shapes follow: rectangular,
-with rows in no patch, with a hidden size of no whole ratio; and the image processor, against timm's transform.
+with rows in no patch, with a hidden size of no whole ratio. At last, the image processor against timm's
+transform.
 """
 import json
 import re
@@ -103,7 +104,7 @@ def check_processor(folder):
     processor = AutoImageProcessor.from_pretrained(folder / "hf", backend="pil")
     pixels = processor(image, return_tensors="pt")["pixel_values"][0]
     levels = (transform(image) - pixels).abs() * torch.tensor(ours.pretrained_cfg["std"])[:, None, None] * 255
-    print(f"an image of 70 x 90 for a model of 48 x 48: pixels at most {levels.max().item():.2f} levels apart")
+    print(f"an image of 70 x 90 for a model of 48 x 48: at most {levels.max().item():.2f} levels apart")
     assert levels.max() <= 1.01
 
 

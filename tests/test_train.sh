@@ -325,8 +325,8 @@ adapted() {
             --batch-size 2 --max-steps 1 --nproc-per-node $n
         found=$(grep -c '^pretrained ' "$work/adapted-$n.err")
         [ "$found" = 1 ] || echo "$n ranks: found $found lines"
-        grep '^pretrained ' "$work/adapted-$n.err" | grep -F -x -v "pretrained tests/golden/timm_tiny: new head of\
- 10 classes (file: 5); positions resampled from 2x2 to 1x1"
+        grep '^pretrained ' "$work/adapted-$n.err" | grep -F -x -v "pretrained tests/golden/timm_tiny: \
+new head of 10 classes (file: 5); positions resampled from 2x2 to 1x1"
     done
     found=$(jq -c '[.num_classes, .model_args.img_size, .pretrained_cfg.label_names[9]]' \
         "$(latest adapted-1)/config.json")
