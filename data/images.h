@@ -7,7 +7,7 @@
  *     if (dataset_grow(d, count, e)) return -1;     // room for count more pixels and labels
  *
  * Programs include dataset.h, which knows all formats. Pixels stay bytes until a sample is drawn: the whole
- * of CIFAR-10 is 180 MB. Left out: images that are decoded from disk when they are drawn.
+ * of CIFAR-10 is 180 MB. Of an ImageFolder only the names are held, and the sizes differ.
  */
 #ifndef DATA_IMAGES_H
 #define DATA_IMAGES_H
@@ -33,8 +33,9 @@ static const char *const dataset_kind_names[DATASET_KINDS] = {"digits", "mnist",
 
 typedef struct {
     dataset_kind kind;
-    size_t count, channels, height, width, classes;
-    uint8_t *pixels;          /* [count][channels][height][width] */
+    size_t count, channels, height, width, classes; /* height and width 0: each image has its own */
+    uint8_t *pixels;                                /* [count][channels][height][width], or NULL */
+    char **files;             /* [count] of an ImageFolder: where the images are, or NULL */
     int32_t *labels;          /* [count], each in [0, classes) */
     char (*label_names)[256]; /* [classes] */
     float white;              /* the pixel value that stands for 1 */
@@ -42,6 +43,8 @@ typedef struct {
 } dataset;
 
 static inline void dataset_free(dataset *d) {
+    for (size_t i = 0; d->files && i < d->count; i++) free(d->files[i]);
+    free(d->files);
     free(d->pixels);
     free(d->labels);
     free(d->label_names);
