@@ -10,9 +10,9 @@ PREFIX   := /usr/local
 override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
-PARSERS := file json options safetensors data image metrics
+PARSERS := file json options safetensors data image imagefolder loader metrics
 TESTS   := $(PARSERS) checkpoint pretrained runtime ops model dist waits
-SCRIPTS := example mismatch train errors
+SCRIPTS := example mismatch train images errors
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
@@ -81,7 +81,7 @@ build/plain/bench_decode: tests/bench_decode.c $(HEADERS) build/config.mk | buil
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $< -o $@ $(plain_LIBS)
 
 PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%)
-PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist
+PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist build/tsan/test_loader
 
 test:
 	@scripts/install.sh test

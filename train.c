@@ -3,9 +3,11 @@
  *     make && ./train --nproc-per-node 2                       # the embedded digits, two local ranks
  *     ./train --data-path cifar-10-batches-bin --epochs 6
  *     ./train eval --checkpoint runs/... --data-path cifar-10-batches-bin
+ *     ./train predict --checkpoint runs/... cat.jpg dog.png
  *     ./train export --checkpoint runs/... --format hf --output-dir vit-hf
  *
- * In this order: preparation (options, data, model), batches, evaluation, the training loop, commands, main.
+ * In this order: preparation (options, data, model), batches, evaluation, prediction, the training loop,
+ * commands, main.
  * The strategies are in dist.h, the model in vit.h, its folders on disk in checkpoint.h, the options in
  * train_options.h.
  */
@@ -13,6 +15,7 @@
 #define DIST_IMPLEMENTATION
 #include "checkpoint.h"
 #include "data/dataset.h"
+#include "data/loader.h"
 #include "io/metrics.h"
 #include "train_options.h"
 
@@ -24,12 +27,14 @@
 /* Everything that is fixed before the ranks start, shared by them and read-only from then on. */
 typedef struct run {
     train_options o;
-    int evaluating; /* eval: no training set, no output directory */
+    size_t command; /* COMMAND_TRAIN, COMMAND_EVAL or COMMAND_PREDICT */
     dataset train, val;
+    sample_format format; /* of images in evaluation; training differs in the augmentation */
     vit_config config;
     vit_model model;
     model_source source; /* of --pretrained or --checkpoint */
     int loaded;
+    char (*label_names)[256]; /* [V] what the classes are called, or NULL */
     model_card card;
     size_t ranks, global_batch, steps_per_epoch, steps;
     dist_hub *hub;
@@ -46,7 +51,7 @@ static const struct {
 } recipes[] = {[DATASET_DIGITS] = {2, 60, 3e-3},
                [DATASET_MNIST] = {7, 3, 1e-3},
                [DATASET_CIFAR10] = {4, 6, 1e-3},
-               [DATASET_IMAGEFOLDER] = {16, 1, 1e-3},
+               [DATASET_IMAGEFOLDER] = {16, 10, 1e-3},
                [DATASET_SYNTHETIC] = {4, 1, 1e-3}};
 
 /* The model: a loaded one, a named one, or the data set's small one; single sizes override it. */
@@ -63,7 +68,7 @@ static int prepare_config(run *r, dataset_kind kind, error_text *e) {
     } else if (*path) {
         c->num_heads = c->image_height = c->image_width = 0;
     } else {
-        c->image_height = c->image_width = 32;
+        if (kind == DATASET_SYNTHETIC) c->image_height = c->image_width = 32; /* others have their own */
         c->patch_size = recipes[kind].patch_size;
         c->embed_dim = 64;
         c->num_heads = c->depth = 4;
@@ -110,46 +115,77 @@ static int prepare_dataset(run *r, dataset *d, dataset_kind kind, int train, err
                              c->channels, c->image_height, c->image_width, classes, o->seed, train, e);
 }
 
+/* What the user says of mean and deviation, else the loaded model, else the data set (d, or NULL). */
+static void prepare_normalisation(run *r, const dataset *d) {
+    const train_options *o = &r->o;
+    for (int i = 0; i < 3; i++) {
+        float mean = 0.5f, std = 0.5f;
+        if (r->loaded && r->source.has_normalisation)
+            mean = r->source.mean[i], std = r->source.std[i];
+        else if (!r->loaded && d)
+            mean = d->mean[i], std = d->std[i];
+        if (o->mean.count) mean = (float)o->mean.values[o->mean.count == 1 ? 0 : i];
+        if (o->std.count) std = (float)o->std.values[o->std.count == 1 ? 0 : i];
+        r->format.mean[i] = mean;
+        r->format.std[i] = std;
+    }
+}
+
+/* Gives the images of a folder the model's numbers of their classes, where the model knows its classes by
+ * name. */
+static int prepare_labels(run *r, dataset *d, error_text *e) {
+    size_t V = r->config.num_classes;
+    int32_t *number = calloc(d->classes, sizeof *number); /* [classes of the folder] */
+    if (!number) return error_set(e, "out of memory for %zu classes", d->classes);
+    int failed = 0;
+    for (size_t k = 0; k < d->classes && !failed; k++) {
+        size_t i = 0;
+        while (i < V && strcmp(d->label_names[k], r->label_names[i])) i++;
+        if (i == V)
+            failed = error_set(e, "%s: found class %s, which the model does not know (%s, %s, ...)",
+                               r->o.data_path, d->label_names[k], r->label_names[0], r->label_names[V > 1]);
+        number[k] = (int32_t)i;
+    }
+    for (size_t i = 0; i < d->count && !failed; i++) d->labels[i] = number[d->labels[i]];
+    free(number);
+    return failed;
+}
+
+/* The names of the classes that a loaded model's file has, if it has one for each. */
+static int prepare_label_names(run *r, error_text *e) {
+    size_t count;
+    if (!r->loaded || r->command == COMMAND_TRAIN) return 0; /* training: the data set's */
+    if (model_source_labels(&r->source, &r->label_names, &count, e)) return -1;
+    if (count == r->config.num_classes) return 0;
+    free(r->label_names);
+    r->label_names = NULL;
+    return 0;
+}
+
 /* Loads the data and makes model and data fit each other. */
 static int prepare_data(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
     vit_config *c = &r->config;
-    int small = !*o->model && !r->loaded; /* the data set's own model */
+    int small = !*o->model && !r->loaded,
+        training = r->command == COMMAND_TRAIN; /* small: the data set's own */
     if (prepare_dataset(r, &r->val, kind, 0, e)) return -1;
-    if (!r->evaluating &&
-        (prepare_dataset(r, &r->train, kind, 1, e) || dataset_same_shape(&r->train, &r->val, e)))
+    if (training && (prepare_dataset(r, &r->train, kind, 1, e) || dataset_same_shape(&r->train, &r->val, e)))
         return -1;
     const dataset *d = &r->val;
-    if (small && !given(r, &o->image_size)) c->image_height = d->height, c->image_width = d->width;
+    if (small && d->height && !given(r, &o->image_size))
+        c->image_height = d->height, c->image_width = d->width;
     if (!r->loaded) c->channels = d->channels;
     if ((!r->loaded || r->source.may_replace_head) && !given(r, &o->num_classes)) c->num_classes = d->classes;
     if (d->classes > c->num_classes)
         return error_set(e, "%s has %zu classes, more than the model's %zu (--num-classes)",
                          dataset_kind_names[kind], d->classes, c->num_classes);
-    if (d->height != c->image_height || d->width != c->image_width)
-        return error_set(e,
-                         "%s has images of %zux%zu, the model takes %zux%zu: resizing is not built yet "
-                         "(--image-size %zux%zu)",
-                         dataset_kind_names[kind], d->height, d->width, c->image_height, c->image_width,
-                         d->height, d->width);
-    if (d->channels != c->channels && !(d->channels == 1 && c->channels == 3))
+    if (c->channels != 1 && c->channels != 3)
         return error_set(e, "%s has images of %zu channels, the model takes %zu", dataset_kind_names[kind],
                          d->channels, c->channels);
     if (c->channels == 1 && (o->mean.count == 3 || o->std.count == 3))
         return error_set(e, "--mean, --std: found three numbers, expected one for grey images");
-    for (int i = 0; i < 3; i++) { /* the user's, else the loaded model's, else the data set's */
-        if (o->mean.count)
-            r->val.mean[i] = (float)o->mean.values[o->mean.count == 1 ? 0 : i];
-        else if (r->loaded)
-            r->val.mean[i] = r->source.has_normalisation ? r->source.mean[i] : 0.5f;
-        if (o->std.count)
-            r->val.std[i] = (float)o->std.values[o->std.count == 1 ? 0 : i];
-        else if (r->loaded)
-            r->val.std[i] = r->source.has_normalisation ? r->source.std[i] : 0.5f;
-        r->train.mean[i] = r->val.mean[i];
-        r->train.std[i] = r->val.std[i];
-    }
-    r->card = (model_card){r->val.mean, r->val.std, r->val.label_names, r->val.classes, r->source.transform};
+    prepare_normalisation(r, d);
+    if (!training && r->label_names && d->files) return prepare_labels(r, &r->val, e);
     return 0;
 }
 
@@ -177,11 +213,24 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     o->layer_norm_eps = c->layer_norm_eps;
     o->mean.count = o->std.count = c->channels == 1 ? 1 : 3;
     for (int i = 0; i < 3; i++)
-        o->mean.values[i] = json_float(r->val.mean[i]), o->std.values[i] = json_float(r->val.std[i]);
+        o->mean.values[i] = json_float(r->format.mean[i]), o->std.values[i] = json_float(r->format.std[i]);
+    int work =
+        kind == DATASET_IMAGEFOLDER || r->val.height != c->image_height || r->val.width != c->image_width;
+    if (o->num_workers == SIZE_MAX) /* decoding and resizing are work for others; the rest is soon done */
+        o->num_workers = !work ? 0 : o->threads_per_rank < 4 ? o->threads_per_rank : 4;
+    r->format.channels = c->channels;
+    r->format.height = c->image_height;
+    r->format.width = c->image_width;
+    r->format.seed = o->seed;
+    const model_transform *t = &r->source.transform;
+    r->format.crop_pct = t->crop_pct > 0 ? t->crop_pct : 0.9;
+    r->format.filter = t->bilinear ? RESIZE_BILINEAR : RESIZE_BICUBIC;
+    r->format.squash = t->squash;
+    r->card = (model_card){r->format.mean, r->format.std, r->val.label_names, r->val.classes, *t};
     if (o->strategy == CHOICE_STRATEGY_SINGLE && n > 1)
         return error_set(e, "strategy single runs on one rank, found --nproc-per-node %zu; choose dp or ddp",
                          n);
-    if (r->evaluating) return 0;
+    if (r->command != COMMAND_TRAIN) return 0;
     if (size_multiply(o->batch_size, M, &r->global_batch) ||
         size_multiply(r->global_batch, n, &r->global_batch) || r->global_batch > r->train.count)
         return error_set(e,
@@ -199,40 +248,50 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
 }
 
 static int prepare(run *r, error_text *e) {
-    dataset_kind kind;
     train_options *o = &r->o;
+    dataset_kind kind = DATASET_IMAGEFOLDER; /* what predict is given: images in files */
     quoted dataset = options_choice(&train_table, o, &o->dataset);
-    if (dataset_choose(dataset.text, *o->data_path ? o->data_path : NULL, &kind, e)) return -1;
-    return prepare_config(r, kind, e) || prepare_data(r, kind, e) || prepare_plan(r, kind, e) ||
-                   vit_model_init(&r->model, &r->config, RT_FP32, e) ||
+    int predicting = r->command == COMMAND_PREDICT;
+    if (!predicting && dataset_choose(dataset.text, *o->data_path ? o->data_path : NULL, &kind, e)) return -1;
+    if (prepare_config(r, kind, e) || prepare_label_names(r, e)) return -1;
+    if (predicting)
+        prepare_normalisation(r, NULL);
+    else if (prepare_data(r, kind, e))
+        return -1;
+    return prepare_plan(r, kind, e) || vit_model_init(&r->model, &r->config, RT_FP32, e) ||
                    (r->loaded && model_source_check(&r->source, &r->model, e))
                ? -1
                : 0;
 }
 
-/* What was done to a loaded model beside reading it. */
+/* What was done to a loaded model beside reading it, and what will be done to the images. */
 static void show_notes(const run *r) {
     const train_options *o = &r->o;
-    if (*r->source.notes && !o->quiet)
+    const dataset *d = &r->val;
+    const sample_format *f = &r->format;
+    if (o->quiet) return;
+    if (*r->source.notes)
         fprintf(stderr, "%s %s: %s\n", *o->checkpoint ? "checkpoint" : "pretrained",
                 *o->checkpoint ? o->checkpoint : o->pretrained, r->source.notes);
+    if (d->pixels && (d->height != f->height || d->width != f->width))
+        fprintf(stderr, "images of %zux%zu are resized to %zux%zu\n", d->height, d->width, f->height,
+                f->width);
+    if (d->channels == 3 && f->channels == 1) fprintf(stderr, "images in colour are made grey\n");
 }
 
 /* ------------------------------------------------------------------------------------------------ batches */
 
-/* One rank's micro-batches in host memory, and the model's state that it trains. */
+/* One rank, and the model's state that it trains. */
 typedef struct trainer {
     run *r;
     rt_rank *rank;
     dist_comm comm;
     dist d;
     uint32_t *order; /* [train.count] of the epoch */
-    float *images;   /* [B, C, height, width] */
-    int32_t *labels; /* [B] */
-    uint64_t *keys;  /* [B] */
-    float *logits;   /* [B, V] */
-    float *losses;   /* [B] */
-    double data_s;   /* seconds spent on preparing batches */
+    size_t epoch;
+    float *logits; /* [B, V] */
+    float *losses; /* [B] */
+    double data_s; /* seconds spent on waiting for batches */
     /* rank 0 */
     metrics_file metrics;
     double started, last_accuracy, best_accuracy;
@@ -241,23 +300,44 @@ typedef struct trainer {
     size_t evaluated;          /* the step of the last evaluation */
 } trainer;
 
-/* Micro-batch m of the step of the epoch: sample b is number (b M + m) N + r of its global batch. */
-static void load_batch(trainer *t, size_t epoch, size_t step, size_t m) {
-    const run *r = t->r;
-    const train_options *o = &r->o;
-    const vit_config *c = &r->config;
-    size_t pixels = c->channels * c->image_height * c->image_width;
+/* Begins to draw batches [first, last), what a batch is says `draw`. */
+static int start_loader(const trainer *t, loader *l, loader_draw *draw, size_t first, size_t last) {
+    const sample_format *f = &t->r->format;
+    error_text e;
+    loader_job job = {.draw = draw,
+                      .context = t,
+                      .first = first,
+                      .last = last,
+                      .batch_size = t->r->o.batch_size,
+                      .pixels = f->channels * f->height * f->width,
+                      .workers = t->r->o.num_workers};
+    return loader_open(l, &job, &e) ? rt_fail(t->rank, "%s", e.text) : 0;
+}
+
+/* The next batch; NULL: a sample failed, and so has the world. */
+static const loader_batch *next_batch(trainer *t, loader *l) {
     double start = rt_seconds();
-    for (size_t b = 0; b < o->batch_size; b++) {
-        size_t number = sampler_number(b, m, o->gradient_accumulation_steps, (size_t)t->rank->rank, r->ranks);
-        size_t index = t->order[step * r->global_batch + number];
-        dataset_sample(&r->train, index,
-                       o->augmentation == CHOICE_AUGMENTATION_BASIC ? AUGMENTATION_BASIC : AUGMENTATION_NONE,
-                       o->seed, epoch, c->channels, t->images + b * pixels);
-        t->labels[b] = r->train.labels[index];
-        t->keys[b] = random_key(o->seed, RANDOM_DROP_PATH, epoch, index);
-    }
+    error_text e;
+    const loader_batch *batch = loader_next(l, &e);
+    if (!batch) rt_fail(t->rank, "%s", e.text);
     t->data_s += rt_seconds() - start;
+    return batch;
+}
+
+/* Batch k of the epoch is micro-batch m of a step: its sample b is number (b M + m) N + r of the step's global
+ * batch. */
+static int draw_training(const void *context, size_t k, size_t b, float *image, int32_t *label, uint64_t *key,
+                         error_text *e) {
+    const trainer *t = context;
+    const run *r = t->r;
+    size_t M = r->o.gradient_accumulation_steps, step = k / M;
+    size_t number = sampler_number(b, k % M, M, (size_t)t->rank->rank, r->ranks);
+    size_t index = t->order[step * r->global_batch + number];
+    sample_format f = r->format;
+    f.how = r->o.augmentation == CHOICE_AUGMENTATION_BASIC ? AUGMENTATION_BASIC : AUGMENTATION_NONE;
+    *label = r->train.labels[index];
+    *key = random_key(r->o.seed, RANDOM_DROP_PATH, t->epoch, index);
+    return dataset_sample(&r->train, &f, index, t->epoch, image, e);
 }
 
 /* --------------------------------------------------------------------------------------------- evaluation */
@@ -268,46 +348,59 @@ typedef struct evaluation {
     scores scores;
 } evaluation;
 
-/* Every image of the validation set exactly once: rank r takes r, r + N, ...; the last batches are filled up
- * with blanks that do not count. All that is summed over ranks is an integer. A loss that is not finite
- * fails: all ranks then go through it once more and look for the unit (explain). */
+/* Which image of the validation set is sample b of batch k: rank r takes r, r + N, ... */
+static size_t validation_index(const trainer *t, size_t k, size_t b) {
+    return (k * t->r->o.batch_size + b) * t->r->ranks + (size_t)t->rank->rank;
+}
+
+/* The last batches are filled up with blanks, which do not count. */
+static int draw_validation(const void *context, size_t k, size_t b, float *image, int32_t *label,
+                           uint64_t *key, error_text *e) {
+    const trainer *t = context;
+    const run *r = t->r;
+    const sample_format *f = &r->format;
+    size_t index = validation_index(t, k, b);
+    *key = 0;
+    *label = 0;
+    if (index >= r->val.count) {
+        memset(image, 0, f->channels * f->height * f->width * sizeof *image);
+        return 0;
+    }
+    *label = r->val.labels[index];
+    return dataset_sample(&r->val, f, index, 0, image, e);
+}
+
+/* Every image of the validation set exactly once. All that is summed over ranks is an integer. A loss that is
+ * not finite fails: all ranks then go through it once more and look for the unit (explain). */
 static int evaluate(trainer *t, size_t step, int explain, evaluation *result) {
     const run *r = t->r;
-    const vit_config *c = &r->config;
-    size_t pixels = c->channels * c->image_height * c->image_width, B = r->o.batch_size, V = r->model.V,
-           N = r->ranks;
+    size_t B = r->o.batch_size, V = r->model.V, N = r->ranks;
     size_t batches = (r->val.count + N * B - 1) / (N * B), length = 5 + 3 * V;
     int64_t *counts = calloc(length, sizeof *counts), loss = 0, bad = 0;
+    loader l;
     if (!counts) return rt_fail(t->rank, "rank %d: out of memory for %zu counts", t->rank->rank, length);
     score_counts s = {.hit = counts + 5, .predicted = counts + 5 + V, .actual = counts + 5 + 2 * V};
-    for (size_t k = 0; k < batches && !rt_failed(t->rank); k++) {
-        for (size_t b = 0; b < B; b++) {
-            size_t index = (k * B + b) * N + (size_t)t->rank->rank;
-            int real = index < r->val.count;
-            float *image = t->images + b * pixels;
-            if (real)
-                dataset_sample(&r->val, index, AUGMENTATION_NONE, 0, 0, c->channels, image);
-            else
-                memset(image, 0, pixels * sizeof *image);
-            t->labels[b] = real ? r->val.labels[index] : 0;
-        }
+    int failed = start_loader(t, &l, draw_validation, 0, batches);
+    for (size_t k = 0; k < batches && !failed; k++) {
         size_t unit = 0; /* the first whose output is not finite */
-        dist_forward(&t->d, t->images, t->labels, t->logits, t->losses, explain ? &unit : NULL);
-        for (size_t b = 0; b < B && !rt_failed(t->rank); b++) {
-            size_t index = (k * B + b) * N + (size_t)t->rank->rank;
-            if (index >= r->val.count) break;
+        const loader_batch *batch = next_batch(t, &l);
+        if (!batch) break;
+        dist_forward(&t->d, batch->images, batch->labels, t->logits, t->losses, explain ? &unit : NULL);
+        if (rt_failed(t->rank)) break;
+        for (size_t b = 0; b < B && validation_index(t, k, b) < r->val.count; b++) {
             int fine = t->losses[b] < 1e6f; /* a larger one could not be summed */
             if (!fine && explain)
                 rt_fail(t->rank,
                         "evaluation after step %zu: the loss of image %zu is %g: on rank %d the first unit "
                         "with a NaN or an infinity: %s",
-                        step, index, (double)t->losses[b], t->rank->rank,
+                        step, validation_index(t, k, b), (double)t->losses[b], t->rank->rank,
                         unit < r->model.units ? r->model.unit[unit].name : "none");
             bad += !fine;
             loss += fine ? llround((double)t->losses[b] / VIT_LOSS_UNIT) : 0;
-            score_count(&s, t->logits + b * V, V, (size_t)t->labels[b]);
+            score_count(&s, t->logits + b * V, V, (size_t)batch->labels[b]);
         }
     }
+    if (!failed) loader_close(&l);
     int64_t *totals[] = {&s.images, &s.correct, &s.correct_top5, &loss, &bad};
     for (int i = 0; i < 5; i++) counts[i] = *totals[i];
     dist_sum(&t->d, counts, length);
@@ -317,6 +410,16 @@ static int evaluate(trainer *t, size_t step, int explain, evaluation *result) {
     free(counts);
     if (bad && !explain && !rt_failed(t->rank)) return evaluate(t, step, 1, result);
     return rt_failed(t->rank) ? -1 : 0;
+}
+
+/* Prints one object as one line on stdout and frees it. */
+static int print_json(trainer *t, cJSON *object) {
+    char *text = cJSON_PrintUnformatted(object);
+    cJSON_Delete(object);
+    if (!text) return rt_fail(t->rank, "out of memory");
+    puts(text);
+    free(text);
+    return 0;
 }
 
 static cJSON *evaluation_line(const evaluation *v, size_t step, size_t epoch) {
@@ -331,6 +434,88 @@ static cJSON *evaluation_line(const evaluation *v, size_t step, size_t epoch) {
     metrics_add(line, "val_recall", v->scores.recall);
     metrics_add(line, "val_f1", v->scores.f1);
     return line;
+}
+
+static int eval_once(trainer *t) {
+    evaluation v = {0};
+    if (evaluate(t, 0, 0, &v) || t->rank->rank != 0) return rt_failed(t->rank) ? -1 : 0;
+    cJSON *line = evaluation_line(&v, 0, 0);
+    cJSON_DeleteItemFromObject(line, "event");
+    return print_json(t, line);
+}
+
+/* --------------------------------------------------------------------------------------------- prediction */
+
+/* Image number k B + b of the command line; behind the last of them come blanks. */
+static int draw_argument(const void *context, size_t k, size_t b, float *image_out, int32_t *label,
+                         uint64_t *key, error_text *e) {
+    const trainer *t = context;
+    const option_state *state = &t->r->o.state;
+    const sample_format *f = &t->r->format;
+    size_t i = k * t->r->o.batch_size + b;
+    image from;
+    *key = 0;
+    *label = 0;
+    if (i >= state->argument_count) {
+        memset(image_out, 0, f->channels * f->height * f->width * sizeof *image_out);
+        return 0;
+    }
+    if (image_read(&from, state->arguments[i], e)) return -1;
+    int failed = sample_of_image(&from, f, image_out, e);
+    image_free(&from);
+    return failed;
+}
+
+/* {"file", "top": the likeliest classes, the lower number first among equals, "logits" if asked for} */
+static cJSON *prediction_line(const run *r, const char *file, const float *logits) {
+    enum { TOP = 5 };
+    size_t V = r->model.V, top[TOP] = {0}, n = 0;
+    for (size_t i = 0; i < V; i++) { /* insertion into the list of the first five */
+        size_t at = n < TOP ? n++ : TOP;
+        for (; at > 0 && logits[i] > logits[top[at - 1]]; at--)
+            if (at < TOP) top[at] = top[at - 1];
+        if (at < TOP) top[at] = i;
+    }
+    double sum = 0, most = (double)logits[top[0]];
+    for (size_t i = 0; i < V; i++) sum += exp((double)logits[i] - most);
+    cJSON *line = cJSON_CreateObject();
+    cJSON_AddStringToObject(line, "file", file);
+    cJSON *list = cJSON_AddArrayToObject(line, "top");
+    for (size_t i = 0; i < n; i++) {
+        cJSON *entry = cJSON_CreateObject();
+        char number[32];
+        snprintf(number, sizeof number, "%zu", top[i]);
+        metrics_add_count(entry, "index", top[i]);
+        cJSON_AddStringToObject(entry, "label", r->label_names ? r->label_names[top[i]] : number);
+        metrics_add(entry, "probability", exp((double)logits[top[i]] - most) / sum);
+        cJSON_AddItemToArray(list, entry);
+    }
+    if (r->o.logits) {
+        list = cJSON_AddArrayToObject(line, "logits");
+        for (size_t i = 0; i < V; i++) {
+            char text[32];
+            snprintf(text, sizeof text, isfinite(logits[i]) ? "%.9g" : "null", (double)logits[i]);
+            cJSON_AddItemToArray(list, cJSON_CreateRaw(text));
+        }
+    }
+    return line;
+}
+
+static int predict(trainer *t) {
+    const run *r = t->r;
+    const option_state *state = &r->o.state;
+    size_t B = r->o.batch_size, batches = (state->argument_count + B - 1) / B;
+    loader l;
+    if (start_loader(t, &l, draw_argument, 0, batches)) return -1;
+    for (size_t k = 0; k < batches && !rt_failed(t->rank); k++) {
+        const loader_batch *batch = next_batch(t, &l);
+        if (!batch) break;
+        dist_forward(&t->d, batch->images, batch->labels, t->logits, NULL, NULL);
+        for (size_t b = 0; b < B && k * B + b < state->argument_count && !rt_failed(t->rank); b++)
+            print_json(t, prediction_line(r, state->arguments[k * B + b], t->logits + b * r->model.V));
+    }
+    loader_close(&l);
+    return rt_failed(t->rank) ? -1 : 0;
 }
 
 /* -------------------------------------------------------------------------------------- the training loop */
@@ -415,17 +600,21 @@ static int write_checkpoint(trainer *t, size_t step) {
 
 /* A loss or a gradient is not finite. Nothing was updated, so the micro-batches can be run again, unit by
  * unit. */
-static int explain_not_finite(trainer *t, size_t epoch, size_t step_of_epoch, size_t step,
-                              const dist_result *result) {
+static int explain_not_finite(trainer *t, size_t step_of_epoch, size_t step, const dist_result *result) {
     size_t N = t->r->ranks, units = t->r->model.units;
     int64_t *found = calloc(N, sizeof *found); /* [N] 1 + index of the first unit of each rank, 0: none */
     if (!found) return rt_fail(t->rank, "rank %d: out of memory", t->rank->rank);
-    for (size_t m = 0; m < t->r->o.gradient_accumulation_steps; m++) {
+    loader l;
+    size_t M = t->r->o.gradient_accumulation_steps, k = step_of_epoch * M;
+    int failed = start_loader(t, &l, draw_training, k, k + M);
+    for (size_t m = 0; m < M && !failed; m++) {
         size_t unit = units;
-        load_batch(t, epoch, step_of_epoch, m);
-        dist_forward(&t->d, t->images, t->labels, NULL, NULL, &unit);
+        const loader_batch *batch = next_batch(t, &l);
+        if (!batch) break;
+        dist_forward(&t->d, batch->images, batch->labels, NULL, NULL, &unit);
         if (!found[t->rank->rank] && unit < units) found[t->rank->rank] = 1 + (int64_t)unit;
     }
+    if (!failed) loader_close(&l);
     dist_sum(&t->d, found, N);
     size_t first = 0;
     while (first < N && !found[first]) first++;
@@ -457,28 +646,29 @@ static int log_step(trainer *t, size_t step, size_t epoch, const dist_result *re
     return log_line(t, line);
 }
 
-/* One epoch, or what is left of the steps; *step counts those that are done. */
-static int train_epoch(trainer *t, size_t epoch, size_t *step) {
+/* One epoch, or what is left of the steps; *step counts those that are done. The loader has its batches. */
+static int train_steps(trainer *t, loader *l, size_t *step) {
     const run *r = t->r;
     const train_options *o = &r->o;
-    size_t steps = 0, last = *step + r->steps_per_epoch < r->steps ? *step + r->steps_per_epoch : r->steps;
+    size_t steps = 0, epoch = t->epoch;
+    size_t last = *step + r->steps_per_epoch < r->steps ? *step + r->steps_per_epoch : r->steps;
     double start = rt_seconds(), data = t->data_s, communication = t->rank->communication_s, loss = 0,
            checkpoints = 0;
     int due = 0; /* a checkpoint, after this step */
-    sampler_order(o->seed, epoch, r->train.count, o->shuffle, t->order);
     for (; *step < last; steps++) {
         double began = rt_seconds(), rate = scheduled_rate(o, *step, r->steps);
         dist_result result = {0};
         dist_begin_step(&t->d, *step + 1, rate);
         for (size_t m = 0; m < o->gradient_accumulation_steps; m++) {
-            load_batch(t, epoch, steps, m);
-            dist_micro_batch(&t->d, m, t->images, t->labels, t->keys);
+            const loader_batch *batch = next_batch(t, l);
+            if (!batch) return -1;
+            dist_micro_batch(&t->d, m, batch->images, batch->labels, batch->keys);
         }
         dist_end_step(&t->d, &result);
         if (rt_failed(t->rank)) return -1;
         ++*step;
         if (result.bad_losses || !isfinite(result.gradient_norm))
-            return explain_not_finite(t, epoch, steps, *step, &result);
+            return explain_not_finite(t, steps, *step, &result);
         double now = rt_seconds();
         loss += result.loss;
         if (is_first(t) && (*step % o->log_interval == 0 || *step == r->steps)) {
@@ -509,6 +699,17 @@ static int train_epoch(trainer *t, size_t epoch, size_t *step) {
     metrics_add(line, "communication_time_s", communication);
     metrics_add(line, "compute_time_s", seconds - data - communication);
     return log_line(t, line);
+}
+
+static int train_epoch(trainer *t, size_t *step) {
+    const run *r = t->r;
+    size_t steps = r->steps - *step < r->steps_per_epoch ? r->steps - *step : r->steps_per_epoch;
+    loader l;
+    sampler_order(r->o.seed, t->epoch, r->train.count, r->o.shuffle, t->order);
+    if (start_loader(t, &l, draw_training, 0, steps * r->o.gradient_accumulation_steps)) return -1;
+    int failed = train_steps(t, &l, step);
+    loader_close(&l);
+    return failed;
 }
 
 /* One `memory` line a rank and one `communication` line a rank and operation. */
@@ -635,8 +836,8 @@ static int train_loop(trainer *t) {
         if (log_start(t)) return -1;
     }
     t->started = rt_seconds();
-    for (size_t epoch = 0; step < r->steps; epoch++)
-        if (train_epoch(t, epoch, &step)) return -1;
+    for (; step < r->steps; t->epoch++)
+        if (train_epoch(t, &step)) return -1;
     double seconds = rt_seconds() - t->started;
     if (log_totals(t, step) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
     cJSON *line = metrics_line("end");
@@ -650,24 +851,11 @@ static int train_loop(trainer *t) {
     return 0;
 }
 
-static int eval_once(trainer *t) {
-    evaluation v = {0};
-    if (evaluate(t, 0, 0, &v) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
-    cJSON *line = evaluation_line(&v, 0, 0);
-    cJSON_DeleteItemFromObject(line, "event");
-    char *text = cJSON_PrintUnformatted(line);
-    cJSON_Delete(line);
-    if (text) puts(text);
-    free(text);
-    return 0;
-}
-
 /* What every rank does from its first moment to its last. */
 static int rank_body(rt_rank *rank, void *argument) {
     run *r = argument;
     const train_options *o = &r->o;
-    const vit_config *c = &r->config;
-    size_t B = o->batch_size, V = r->model.V, pixels = c->channels * c->image_height * c->image_width;
+    size_t B = o->batch_size, V = r->model.V;
     trainer t = {.r = r, .rank = rank};
     error_text e = {{0}};
     rank->threads = (int)o->threads_per_rank;
@@ -688,12 +876,9 @@ static int rank_body(rt_rank *rank, void *argument) {
                       .layer_decay = o->layer_decay,
                       .counts = counts > totals ? counts : totals};
     t.order = calloc(r->train.count + 1, sizeof *t.order);
-    t.images = calloc(B, pixels * sizeof *t.images);
-    t.labels = calloc(B, sizeof *t.labels);
-    t.keys = calloc(B, sizeof *t.keys);
     t.logits = calloc(B, V * sizeof *t.logits);
     t.losses = calloc(B, sizeof *t.losses);
-    if (!t.order || !t.images || !t.labels || !t.keys || !t.logits || !t.losses) {
+    if (!t.order || !t.logits || !t.losses) {
         rt_fail(rank, "rank %d: out of memory for batches of %zu images", rank->rank, B);
     } else if (!dist_comm_open(&t.comm, r->hub, rank, &vit_cpu)) {
         int failed = dist_open(&t.d, &t.comm, &r->model, &d, &e);
@@ -709,14 +894,15 @@ static int rank_body(rt_rank *rank, void *argument) {
         if (failed)
             rt_fail(rank, "%s", e.text);
         else if (!rt_failed(rank))
-            (r->evaluating ? eval_once : train_loop)(&t);
+            (r->command == COMMAND_TRAIN ? train_loop : r->command == COMMAND_EVAL ? eval_once : predict)(&t);
         dist_close(&t.d);
     }
     metrics_close(&t.metrics);
     dist_comm_close(&t.comm);
     vit_cpu.close(rank);
-    void *host[] = {t.order, t.images, t.labels, t.keys, t.logits, t.losses};
-    for (size_t i = 0; i < sizeof host / sizeof *host; i++) free(host[i]);
+    free(t.order);
+    free(t.logits);
+    free(t.losses);
     return 0;
 }
 
@@ -912,11 +1098,16 @@ int main(int argc, char **argv) {
         else
             status = command_export(r, &e) ? 1 : 0;
     } else {
-        r->evaluating = r->o.state.command == COMMAND_EVAL;
-        if (r->evaluating && !*r->o.checkpoint) {
-            error_set(&e, "eval: found no --checkpoint, expected the model to evaluate");
+        r->command = r->o.state.command;
+        int predicting = r->command == COMMAND_PREDICT, training = r->command == COMMAND_TRAIN;
+        if (!training && !*r->o.checkpoint) {
+            error_set(&e, "%s: found no --checkpoint, expected a model", predicting ? "predict" : "eval");
             status = 2;
-        } else if (!prepare(r, &e) && (r->evaluating || !prepare_output(r, &e))) {
+        } else if (predicting && (!r->o.state.argument_count || r->o.nproc_per_node > 1)) {
+            error_set(&e, "predict: found %zu images and %zu ranks, expected images, and one rank",
+                      r->o.state.argument_count, r->o.nproc_per_node);
+            status = 2;
+        } else if (!prepare(r, &e) && (!training || !prepare_output(r, &e))) {
             show_notes(r);
             status = run_ranks(r, rank_body, &e, &table) ? 1 : 0;
         }
@@ -932,6 +1123,7 @@ int main(int argc, char **argv) {
     dataset_free(&r->val);
     model_source_close(&r->source);
     vit_model_free(&r->model);
+    free(r->label_names);
     free(table);
     free(r);
     return status;

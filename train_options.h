@@ -91,7 +91,7 @@ static const option train_option_list[] = {
     {"data", "data-path", OPTION_TEXT, FIELD(data_path), .value_name = "DIR",
      .note = "the digits inside the program", .help = "directory of the data set"},
     {"data", "dataset", OPTION_CHOICE, FIELD(dataset), .preset = "auto",
-     .choices = "auto|digits|mnist|cifar10|imagefolder|synthetic", .later = "imagefolder",
+     .choices = "auto|digits|mnist|cifar10|imagefolder|synthetic",
      .help = "its format, auto: told by what lies in the directory"},
     {"data", "augmentation", OPTION_CHOICE, FIELD(augmentation), .preset = "basic",
      .choices = "none|basic|imagenet", .later = "imagenet", .help = "random changes to training images"},
@@ -105,8 +105,9 @@ static const option train_option_list[] = {
      .help = "use only the first N training images"},
     {"data", "limit-val", OPTION_SIZE, FIELD(limit_val), .range = COUNT, .note = "all",
      .help = "use only the first N validation images"},
-    {"data", "num-workers", OPTION_SIZE, FIELD(num_workers), .range = "[0, inf)", .not_built_yet = true,
-     .help = "threads a rank that load images"},
+    {"data", "num-workers", OPTION_SIZE, FIELD(num_workers), .range = "[0, 256]",
+     .note = "for images to decode or resize as many as compute, at most 4",
+     .help = "threads a rank that load images ahead; 0: those that compute do it"},
 
     {"model", "model", OPTION_TEXT, FIELD(model), .value_name = "NAME",
      .note = "a small one for the data set",
@@ -175,7 +176,7 @@ static const option train_option_list[] = {
     {"length", "gradient-accumulation-steps", OPTION_SIZE, FIELD(gradient_accumulation_steps),
      .range = COUNT, .preset = "1", .help = "micro-batches in an optimizer step"},
     {"length", "epochs", OPTION_SIZE, FIELD(epochs), .range = COUNT,
-     .note = "60 for digits, 3 for MNIST, 6 for CIFAR-10", .help = "passes over the training images"},
+     .note = "60 for digits, 3 for MNIST, 6 for CIFAR-10, 10 for folders", .help = "passes over the training images"},
     {"length", "max-steps", OPTION_SIZE, FIELD(max_steps), .range = COUNT, .note = "no limit",
      .help = "optimizer steps; the first of both ends the run"},
 
@@ -256,7 +257,7 @@ static const option train_option_list[] = {
      .not_built_yet = true, .help = "compare: the strategies to train with"},
     {"other commands", "format", OPTION_CHOICE, FIELD(format), .choices = "timm|hf",
      .help = "export: who opens it, timm or Hugging Face's transformers"},
-    {"other commands", "logits", OPTION_SWITCH, FIELD(logits), .preset = "false", .not_built_yet = true,
+    {"other commands", "logits", OPTION_SWITCH, FIELD(logits), .preset = "false",
      .help = "predict: print the outputs of the head too"},
 };
 
@@ -267,7 +268,7 @@ static const option_command train_command_list[] = {
     {"eval", "eval --checkpoint PATH [options]", "loss and accuracy of a model on a validation set",
      .groups = "data|model|length|distribution|output"},
     {"predict", "predict --checkpoint PATH IMAGE...", "the five likeliest classes of images",
-     .groups = "model|distribution|other commands", .takes_arguments = true, .not_built_yet = true},
+     .groups = "model|distribution|other commands", .takes_arguments = true},
     {"compare", "compare --strategies A,B,... [options]", "the same training under several strategies",
      .groups = "data|model|optimisation|length|distribution|output|other commands", .not_built_yet = true},
     {"export", "export --checkpoint PATH --format timm|hf --output-dir DIR",
