@@ -156,17 +156,12 @@ INLINE float normal_distribution(float x, float *e) {
     return t < 1 ? near : far;
 }
 
-/* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2 */
-INLINE float gelu(float x) {
-    float e;
-    return x * normal_distribution(x, &e);
-}
-
-/* Phi(x) + x exp(-x^2/2) / sqrt(2 pi) */
-INLINE float gelu_derivative(float x) {
+/* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, and its derivative Phi(x) + x exp(-x^2/2) / sqrt(2 pi). */
+INLINE float gelu(float x, float *derivative) {
     float e;
     const float phi = normal_distribution(x, &e);
-    return phi + x * e * 0.398942280f;
+    *derivative = phi + x * e * 0.398942280f;
+    return x * phi;
 }
 
 /* ------------------------------------------------------------------------------------- the matrix product */
@@ -460,17 +455,23 @@ static void add_bias_then_gelu(const product *p, size_t i0, size_t j0, size_t ro
 #pragma omp simd
         for (size_t j = 0; j < cols; j++) {
             pre[j] += bias[j];
-            y[j] = gelu(pre[j]);
+            float derivative;
+            y[j] = gelu(pre[j], &derivative);
         }
     }
 }
 
+/* ... and y = gelu(pre) once more, which costs little beside its derivative. */
 static void times_gelu_derivative(const product *p, size_t i0, size_t j0, size_t rows, size_t cols) {
     for (size_t i = i0; i < i0 + rows; i++) {
-        float *c = p->c + i * p->N + j0;
+        float *c = p->c + i * p->N + j0, *y = p->y + i * p->N + j0;
         const float *pre = p->pre + i * p->N + j0;
 #pragma omp simd
-        for (size_t j = 0; j < cols; j++) c[j] *= gelu_derivative(pre[j]);
+        for (size_t j = 0; j < cols; j++) {
+            float derivative;
+            y[j] = gelu(pre[j], &derivative);
+            c[j] *= derivative;
+        }
     }
 }
 
@@ -501,26 +502,26 @@ static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, si
     }
 }
 
-/* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w (times gelu'(pre) where x = gelu(pre)) */
+/* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w; where x = gelu(pre), which that product
+ * computes again, dx is that times gelu'(pre) */
 static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
     const product weights = {out, in, rows, {dy.data, out, 1}, {x.data, in, 0}, .c = dw.data};
     product input = {rows, in, out, {dy.data, out, 0}, {w.data, in, 0}, .c = dx.data};
-    if (pre.data) input.pre = pre.data, input.epilogue = times_gelu_derivative;
+    if (pre.data) input.pre = pre.data, input.y = x.data, input.epilogue = times_gelu_derivative;
+    if (dx.data) multiply(s->rank, &input);
     multiply(s->rank, &weights);
     sum_rows(s->rank, db.data, dy.data, rows, out);
-    if (dx.data) multiply(s->rank, &input);
 }
 
 /* ---------------------------------------------------------------------------------------------- layernorm */
 
 static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block rstd, rt_block x_,
-                              rt_block gamma_, rt_block beta_, size_t rows, size_t dim, size_t x_stride,
-                              double eps) {
+                              rt_block gamma_, rt_block beta_, size_t rows, size_t dim, double eps) {
     const float *gamma = gamma_.data, *beta = beta_.data;
 #pragma omp parallel for num_threads(team(s->rank, 0.4 * rows * dim)) schedule(static)
     for (size_t i = 0; i < rows; i++) {
-        const float *x = floats(x_) + i * x_stride;
+        const float *x = floats(x_) + i * dim;
         float *y = floats(y_) + i * dim, sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t j = 0; j < dim; j++) sum += x[j];
@@ -540,9 +541,9 @@ static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block
  * The rows are cut into up to CHUNKS chunks, whose sums are added in order. */
 static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_block dbeta_,
                                rt_block residual_, rt_block dy_, rt_block x_, rt_block mean, rt_block rstd,
-                               rt_block gamma_, size_t rows, size_t dim, size_t x_stride) {
+                               rt_block gamma_, size_t B, size_t T, size_t Q, size_t dim) {
     enum { CHUNKS = 64 };
-    const size_t chunk = rows < ROWS * CHUNKS ? ROWS : (rows + CHUNKS - 1) / CHUNKS;
+    const size_t rows = B * T, chunk = rows < ROWS * CHUNKS ? ROWS : (rows + CHUNKS - 1) / CHUNKS;
     const float *gamma = gamma_.data;
     float *sums = scratch(s->rank, 2 * dim * (CHUNKS + 1), 0); /* [chunk][dgamma, dbeta][dim], their sum */
     if (!sums) return;
@@ -551,9 +552,9 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
         float *dgamma = sums + i0 / chunk * 2 * dim, *dbeta = dgamma + dim;
         memset(dgamma, 0, 2 * dim * sizeof *dgamma);
         for (size_t i = i0; i < min_size(i0 + chunk, rows); i++) {
-            const float *dy = floats(dy_) + i * dim, *x = floats(x_) + i * x_stride;
+            const float *dy = floats(dy_) + i * dim, *x = floats(x_) + i * dim;
             const float m = floats(mean)[i], r = floats(rstd)[i];
-            float *dx = floats(dx_) + i * x_stride, sum_g = 0, sum_gn = 0;
+            float *dx = floats(dx_) + i * dim, sum_g = 0, sum_gn = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gn)
             for (size_t j = 0; j < dim; j++) {
                 const float n = (x[j] - m) * r, g = dy[j] * gamma[j];
@@ -563,11 +564,13 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
                 dbeta[j] += dy[j];
             }
             const float mean_g = sum_g / (float)dim, mean_gn = sum_gn / (float)dim;
-            const float *residual =
-                residual_.data ? floats(residual_) + i * x_stride : memset(dx, 0, dim * sizeof *dx);
+            if (residual_.data && i % T < Q)
+                memcpy(dx, floats(residual_) + (i / T * Q + i % T) * dim, dim * sizeof *dx);
+            else
+                memset(dx, 0, dim * sizeof *dx);
 #pragma omp simd
             for (size_t j = 0; j < dim; j++)
-                dx[j] = residual[j] + r * (dy[j] * gamma[j] - mean_g - (x[j] - m) * r * mean_gn);
+                dx[j] += r * (dy[j] * gamma[j] - mean_g - (x[j] - m) * r * mean_gn);
         }
     }
     float *total = sums + 2 * dim * CHUNKS;
@@ -579,29 +582,31 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
 /* ---------------------------------------------------------------------------------------------- attention */
 
 /* Each pair of an image and a head is the work of one thread, from start to end in its cache, by the tiles
- * of our own product. Saved are the probabilities p [B, H, T, ld], rows padded to whole vectors with 0. */
+ * of our own product. Saved are the probabilities p [B, H, Q, ld], rows padded to whole vectors with 0. */
 static size_t attention_ld(size_t T) { return round_up(T, VL); }
 
-static size_t attention_saved(size_t B, size_t T, size_t H, size_t hd) { return B * H * T * attention_ld(T); }
+static size_t attention_saved(size_t B, size_t T, size_t Q, size_t H, size_t hd) {
+    return B * H * Q * attention_ld(T);
+}
 
 /* s = q k^T / sqrt(hd), p = softmax(s), out = p v */
 static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_block qkv, size_t B, size_t T,
-                              size_t H, size_t hd) {
+                              size_t Q, size_t H, size_t hd) {
     const size_t D = H * hd, ld = attention_ld(T), each = hd * ld + T * round_up(hd, VL);
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
-#pragma omp parallel for num_threads(team(s->rank, 0.07 * B * T * T * D)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.07 * B * T * Q * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
         const size_t b = pair / H, h = pair % H;
         const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        float *o = floats(out) + b * T * D + h * hd;
+        float *o = floats(out) + b * Q * D + h * hd;
         float *kt_panels = memory + (size_t)omp_get_thread_num() * each, *v_panels = kt_panels + hd * ld;
         pack_panels(kt_panels, (matrix){k, 3 * D, 1}, hd, T, 0, 1);
         pack_panels(v_panels, (matrix){v, 3 * D, 0}, T, hd, 0, 1);
-        for (size_t i = 0; i < T; i += MR) {
-            const size_t rows = min_size(MR, T - i);
-            float *p = floats(saved) + (pair * T + i) * ld;
+        for (size_t i = 0; i < Q; i += MR) {
+            const size_t rows = min_size(MR, Q - i);
+            float *p = floats(saved) + (pair * Q + i) * ld;
             multiply_panels(p, ld, (matrix){q + i * 3 * D, 3 * D, 0}, 0, kt_panels, rows, ld, hd, 0);
             for (size_t r = 0; r < rows; r++) softmax(p + r * ld, T, scale);
             multiply_panels(o + i * D, D, (matrix){p, ld, 0}, 0, v_panels, rows, hd, T, 0);
@@ -613,26 +618,27 @@ static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_blo
  * p = softmax(s):        ds = p (dp - sum over the row of p dp)
  * s = q k^T / sqrt(hd):  dq = ds k / sqrt(hd), dk = ds^T q / sqrt(hd) */
 static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_block qkv, rt_block out,
-                               rt_block saved, size_t B, size_t T, size_t H, size_t hd) {
+                               rt_block saved, size_t B, size_t T, size_t Q, size_t H, size_t hd) {
     const size_t D = H * hd, ld = attention_ld(T), panels = T * round_up(hd, VL);
-    const size_t each = T * ld + hd * ld + 3 * panels;
+    const size_t each = Q * ld + hd * ld + 3 * panels;
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
-#pragma omp parallel for num_threads(team(s->rank, 0.14 * B * T * T * D)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.14 * B * T * Q * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
         const size_t b = pair / H, h = pair % H;
         const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        const float *d_o = floats(dout) + b * T * D + h * hd, *p = floats(saved) + pair * T * ld;
+        const float *d_o = floats(dout) + b * Q * D + h * hd, *p = floats(saved) + pair * Q * ld;
         float *dq = floats(dqkv) + b * T * 3 * D + h * hd, *dk = dq + D, *dv = dk + D;
-        float *ds = memory + (size_t)omp_get_thread_num() * each, *vt_panels = ds + T * ld;
+        float *ds = memory + (size_t)omp_get_thread_num() * each, *vt_panels = ds + Q * ld;
         float *k_panels = vt_panels + hd * ld, *q_panels = k_panels + panels, *do_panels = q_panels + panels;
         pack_panels(vt_panels, (matrix){v, 3 * D, 1}, hd, T, 0, 1);
         pack_panels(k_panels, (matrix){k, 3 * D, 0}, T, hd, 0, 1);
-        pack_panels(q_panels, (matrix){q, 3 * D, 0}, T, hd, 0, 1);
-        pack_panels(do_panels, (matrix){d_o, D, 0}, T, hd, 0, 1);
-        for (size_t i = 0; i < T; i += MR) {
-            const size_t rows = min_size(MR, T - i);
+        pack_panels(q_panels, (matrix){q, 3 * D, 0}, Q, hd, 0, 1);
+        pack_panels(do_panels, (matrix){d_o, D, 0}, Q, hd, 0, 1);
+        for (size_t i = Q; i < T; i++) memset(dq + i * 3 * D, 0, hd * sizeof *dq);
+        for (size_t i = 0; i < Q; i += MR) {
+            const size_t rows = min_size(MR, Q - i);
             multiply_panels(ds + i * ld, ld, (matrix){d_o + i * D, D, 0}, 0, vt_panels, rows, ld, hd,
                             0); /* dp */
             for (size_t r = i; r < i + rows; r++) {
@@ -645,22 +651,23 @@ static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_bl
             }
             multiply_panels(dq + i * 3 * D, 3 * D, (matrix){ds + i * ld, ld, 0}, 0, k_panels, rows, hd, T, 0);
         }
-        multiply_panels(dv, 3 * D, (matrix){p, ld, 1}, 1, do_panels, T, hd, T, 0);
-        multiply_panels(dk, 3 * D, (matrix){ds, ld, 1}, 1, q_panels, T, hd, T, 0);
+        multiply_panels(dv, 3 * D, (matrix){p, ld, 1}, 1, do_panels, T, hd, Q, 0);
+        multiply_panels(dk, 3 * D, (matrix){ds, ld, 1}, 1, q_panels, T, hd, Q, 0);
     }
 }
 
 /* --------------------------------------------------------------------------------------- the other layers */
 
 static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
-                             size_t count, double rate, uint64_t salt) {
+                             size_t count, size_t x_stride, double rate, uint64_t salt) {
     const size_t blocks = (count + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(team(s->rank, 0.3 * B * count)) schedule(static)
     for (size_t block = 0; block < B * blocks; block++) {
         const size_t b = block / blocks, i0 = block % blocks * BLOCK, at = b * count + i0;
         const size_t n = min_size(BLOCK, count - i0);
         const double factor = rate > 0 ? vit_drop_path_factor(((uint64_t *)keys.data)[b], salt, rate) : 1;
-        const float *from = floats(branch) + at, *input = x.data ? floats(x) + at : NULL, k = (float)factor;
+        const float *from = floats(branch) + at, *input = x.data ? floats(x) + b * x_stride + i0 : NULL;
+        const float k = (float)factor;
         float *to = floats(out) + at;
         if (input) {
 #pragma omp simd
@@ -675,7 +682,7 @@ static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block br
 /* out = x + k_b branch:  dbranch = k_b dout, which is the same without an x */
 static void residual_backward(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                               size_t count, double rate, uint64_t salt) {
-    residual_forward(s, dbranch, (rt_block){0}, dout, keys, B, count, rate, salt);
+    residual_forward(s, dbranch, (rt_block){0}, dout, keys, B, count, 0, rate, salt);
 }
 
 static void patchify_forward(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,

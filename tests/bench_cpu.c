@@ -156,22 +156,23 @@ static void linear_dw_dx_gelu(bench *b, size_t in, size_t out) {
                             out);
 }
 static void attention(bench *b, size_t in, size_t out) {
-    vit_cpu.attention_forward(b->stream, b->y, b->saved, b->qkv, b->shape.B, b->shape.T, in, out);
+    const shape *s = &b->shape;
+    vit_cpu.attention_forward(b->stream, b->y, b->saved, b->qkv, s->B, s->T, s->T, in, out);
 }
 static void attention_dqkv(bench *b, size_t in, size_t out) {
-    vit_cpu.attention_backward(b->stream, b->dx, b->y, b->qkv, b->y, b->saved, b->shape.B, b->shape.T, in,
-                               out);
+    const shape *s = &b->shape;
+    vit_cpu.attention_backward(b->stream, b->dx, b->y, b->qkv, b->y, b->saved, s->B, s->T, s->T, in, out);
 }
 static void layernorm(bench *b, size_t in, size_t out) {
     vit_cpu.layernorm_forward(b->stream, b->y, b->saved, rt_slice(b->saved, out, out), b->x, b->vector,
-                              b->vector, out, in, in, 1e-6);
+                              b->vector, out, in, 1e-6);
 }
 static void layernorm_dx(bench *b, size_t in, size_t out) {
-    vit_cpu.layernorm_backward(b->stream, b->dx, b->dw, rt_slice(b->dw, in, in), b->dx, b->y, b->x, b->saved,
-                               rt_slice(b->saved, out, out), b->vector, out, in, in);
+    vit_cpu.layernorm_backward(b->stream, b->dx, b->dw, rt_slice(b->dw, in, in), b->qkv, b->y, b->x, b->saved,
+                               rt_slice(b->saved, out, out), b->vector, 1, out, out, in);
 }
 static void residual(bench *b, size_t in, size_t out) {
-    vit_cpu.residual_forward(b->stream, b->y, b->y, b->x, none, b->shape.B, in * out / b->shape.B, 0, 0);
+    vit_cpu.residual_forward(b->stream, b->y, b->y, b->x, none, 1, in * out, 0, 0, 0);
 }
 static void adamw(bench *b, size_t in, size_t out) {
     const vit_adamw_options o = {0.9, 0.999, 1e-8, 0.05};
@@ -193,7 +194,7 @@ static void bench_shape(bench *b, shape s) {
     const double n = (double)rows, d = (double)D, t = (double)s.T;
     const size_t most = rows * 4 * D > parameters ? rows * 4 * D : parameters;
     rt_block *const blocks[] = {&b->x, &b->y, &b->pre, &b->dx, &b->w, &b->dw, &b->vector, &b->qkv, &b->saved};
-    const size_t saved = vit_cpu.attention_saved(s.B, s.T, s.H, hd);
+    const size_t saved = vit_cpu.attention_saved(s.B, s.T, s.T, s.H, hd);
     const size_t counts[] = {most,  most,         most,
                              most,  parameters,   parameters,
                              4 * D, rows * 3 * D, saved > 2 * rows ? saved : 2 * rows};
