@@ -327,8 +327,8 @@ static void pack_panels(float *to, matrix b, size_t K, size_t N, size_t thread, 
 }
 
 /* Packs a [M, K]: transposed into slivers [K, MR], else as rows of another stride, since rows some KB apart
- * would compete for the same cache lines. */
-static matrix pack_rows(float *to, matrix a, size_t M, size_t K) {
+ * would compete for the same cache lines. Transposed it also adds up each row, if sums [M] are asked for. */
+static matrix pack_rows(float *to, matrix a, size_t M, size_t K, float *sums) {
     for (size_t i = 0; !a.transposed && i < M; i++)
         memcpy(to + i * (K + VL), a.at + i * a.ld, K * sizeof *to);
     if (!a.transposed) return (matrix){to, K + VL, 0};
@@ -337,6 +337,9 @@ static matrix pack_rows(float *to, matrix a, size_t M, size_t K) {
         size_t i = 0;
         for (; i + MR <= M; i += MR) memcpy(to + i * K + k * MR, from + i, MR * sizeof *to);
         memcpy(to + i * K + k * MR, from + i, (M - i) * sizeof *to);
+        if (sums)
+#pragma omp simd
+            for (i = 0; i < M; i++) sums[i] += from[i];
     }
     return (matrix){to, MR, 1};
 }
@@ -350,12 +353,13 @@ typedef struct product {
     const float *bias; /* [N] */
     const float *pre;  /* [M, N] */
     float *y;          /* [M, N] */
+    float *sums;       /* [M] = the sums of a's rows, if asked for; a is then transposed */
 } product;
 
-/* Blocks: K at most; rows of packed A; and floats of packed B, which are to stay in the L2 cache, each
- * thread's own, where A is not packed (a short K) and passes over it row by row, else in the L3 cache that
- * they share. */
-enum { KC = 768, K_UNPACKED = 400, MC = 10 * MR, PANELS_L2 = 100 << 10, PANELS_L3 = 1 << 20 };
+/* Blocks: K at most; rows of packed A; and floats of packed B, which all threads share and which are to stay
+ * in the L3 cache. A is not packed where B is small, so that each pass over a few rows of A is short: unless
+ * its rows lie a multiple of ALIASED floats apart, in the same places of an L1 cache. */
+enum { KC = 768, MC = 10 * MR, PANELS = 1 << 20, UNPACKED = 600 << 10, ALIASED = 1024 };
 
 /* Tiles of the busiest thread if `down` x `across` threads share them. */
 static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down, size_t across) {
@@ -364,8 +368,8 @@ static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down
 
 static void multiply_own(rt_rank *rank, const product *p, int threads) {
     const size_t blocks = (p->K + KC - 1) / KC, kc = (p->K + blocks - 1) / blocks;
-    const int unpacked = !p->a.transposed && p->K <= K_UNPACKED;
-    const size_t nc = min_size(round_up(p->N, NR), (unpacked ? PANELS_L2 : PANELS_L3) / kc / NR * NR + NR);
+    const int unpacked = !p->a.transposed && p->K * p->N <= UNPACKED && p->a.ld % ALIASED;
+    const size_t nc = min_size(round_up(p->N, NR), PANELS / kc / NR * NR + NR);
     const size_t mc = unpacked ? MR : MC, a_count = unpacked ? 0 : MC * (kc + VL);
     const size_t tiles = (p->M + MR - 1) / MR;
     float *memory = scratch(rank, 2 * nc * kc, a_count);
@@ -394,7 +398,9 @@ static void multiply_own(rt_rank *rank, const product *p, int threads) {
                 for (size_t i = i_begin; i < i_end; i += mc) {
                     const size_t rows = min_size(mc, i_end - i);
                     matrix a = part(p->a, i, k);
-                    if (!unpacked) a = pack_rows(packed, a, rows, K);
+                    float *sums = p->sums && j0 == 0 && my_column == 0 ? p->sums + i : NULL;
+                    if (sums && block == 0) memset(sums, 0, rows * sizeof *sums);
+                    if (!unpacked) a = pack_rows(packed, a, rows, K, sums);
                     multiply_panels(p->c + i * p->N + j0 + j, p->N, a, a.transposed ? K : a.ld,
                                     panels + j * K, rows, cols, K, block > 0);
                     if (p->epilogue && block + 1 == blocks) p->epilogue(p, i, j0 + j, rows, cols);
@@ -427,12 +433,32 @@ enum { HAS_OPENBLAS = 0 }; /* and vit_cpu_matmul sees to it that nobody asks for
 static void multiply_openblas(const product *p, int threads) {}
 #endif
 
+/* sums [cols] = the sum over the rows of x [rows, cols] */
+static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, size_t cols) {
+    enum { COLS = 512 };
+#pragma omp parallel for num_threads(team(rank, 0.2 * rows * cols)) schedule(static)
+    for (size_t j0 = 0; j0 < cols; j0 += COLS) {
+        const size_t n = min_size(COLS, cols - j0);
+        memset(sums + j0, 0, n * sizeof *sums);
+        for (size_t i0 = 0; i0 < rows; i0 += ROWS) {
+            float chunk[COLS] = {0};
+            for (size_t i = i0; i < min_size(i0 + ROWS, rows); i++)
+#pragma omp simd
+                for (size_t j = 0; j < n; j++) chunk[j] += x[i * cols + j0 + j];
+#pragma omp simd
+            for (size_t j = 0; j < n; j++) sums[j0 + j] += chunk[j];
+        }
+    }
+}
+
 static void multiply(rt_rank *rank, const product *p) {
     const int threads = team(rank, (double)p->M * (double)p->N * (double)p->K / 40);
-    if (((cpu_state *)rank->device)->matmul == VIT_MATMUL_OPENBLAS)
-        multiply_openblas(p, threads);
-    else
+    if (((cpu_state *)rank->device)->matmul == VIT_MATMUL_OWN) {
         multiply_own(rank, p, threads);
+    } else {
+        multiply_openblas(p, threads);
+        if (p->sums) sum_rows(rank, p->sums, p->a.at, p->K, p->M);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------- linear */
@@ -482,34 +508,16 @@ static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, r
     multiply(s->rank, &p);
 }
 
-/* sums [cols] = the sum over the rows of x [rows, cols] */
-static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, size_t cols) {
-    enum { COLS = 512 };
-#pragma omp parallel for num_threads(team(rank, 0.2 * rows * cols)) schedule(static)
-    for (size_t j0 = 0; j0 < cols; j0 += COLS) {
-        const size_t n = min_size(COLS, cols - j0);
-        memset(sums + j0, 0, n * sizeof *sums);
-        for (size_t i0 = 0; i0 < rows; i0 += ROWS) {
-            float chunk[COLS] = {0};
-            for (size_t i = i0; i < min_size(i0 + ROWS, rows); i++)
-#pragma omp simd
-                for (size_t j = 0; j < n; j++) chunk[j] += x[i * cols + j0 + j];
-#pragma omp simd
-            for (size_t j = 0; j < n; j++) sums[j0 + j] += chunk[j];
-        }
-    }
-}
-
 /* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w; where x = gelu(pre), which that product
  * computes again, dx is that times gelu'(pre) */
 static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
-    const product weights = {out, in, rows, {dy.data, out, 1}, {x.data, in, 0}, .c = dw.data};
+    const product weights = {
+        out, in, rows, {dy.data, out, 1}, {x.data, in, 0}, .c = dw.data, .sums = db.data};
     product input = {rows, in, out, {dy.data, out, 0}, {w.data, in, 0}, .c = dx.data};
     if (pre.data) input.pre = pre.data, input.y = x.data, input.epilogue = times_gelu_derivative;
     if (dx.data) multiply(s->rank, &input);
     multiply(s->rank, &weights);
-    sum_rows(s->rank, db.data, dy.data, rows, out);
 }
 
 /* ---------------------------------------------------------------------------------------------- layernorm */
