@@ -357,9 +357,9 @@ typedef struct product {
 } product;
 
 /* Blocks: K at most; rows of packed A; and floats of packed B, which all threads share and which are to stay
- * in the L3 cache. A is not packed where B is small, so that each pass over a few rows of A is short: unless
- * its rows lie a multiple of ALIASED floats apart, in the same places of an L1 cache. */
-enum { KC = 768, MC = 10 * MR, PANELS = 1 << 20, UNPACKED = 600 << 10, ALIASED = 1024 };
+ * in the L3 cache. A is packed only where it is transposed, or where its rows lie a multiple of ALIASED floats
+ * apart, in the same few places of an L1 cache. */
+enum { KC = 1024, MC = 10 * MR, PANELS = 1 << 20, ALIASED = 1024 };
 
 /* Tiles of the busiest thread if `down` x `across` threads share them. */
 static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down, size_t across) {
@@ -368,7 +368,7 @@ static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down
 
 static void multiply_own(rt_rank *rank, const product *p, int threads) {
     const size_t blocks = (p->K + KC - 1) / KC, kc = (p->K + blocks - 1) / blocks;
-    const int unpacked = !p->a.transposed && p->K * p->N <= UNPACKED && p->a.ld % ALIASED;
+    const int unpacked = !p->a.transposed && p->a.ld % ALIASED;
     const size_t nc = min_size(round_up(p->N, NR), PANELS / kc / NR * NR + NR);
     const size_t mc = unpacked ? MR : MC, a_count = unpacked ? 0 : MC * (kc + VL);
     const size_t tiles = (p->M + MR - 1) / MR;
