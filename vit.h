@@ -654,48 +654,57 @@ static rt_block vit__residual_backward(const vit_context *c, rt_block dbranch, r
 
 /* ---------------------------------------------------------------------------------------- unit: embedding */
 
+/* Nothing is saved: patches are the images in another order, so backward makes them again. */
 typedef struct {
-    rt_block patches;
-} vit__embedding_saved;
+    rt_block patches, x; /* [B, N, C * P * P], [B, N, D] */
+} vit__embedding_workspace;
 
-static vit__embedding_saved vit__carve_embedding(vit__carver *s, const vit_model *m, size_t B) {
-    return (vit__embedding_saved){vit__take(s, m->type, vit__count(B, m->N, m->C * m->P * m->P))};
+static vit__embedding_workspace vit__carve_embedding_workspace(vit__carver *w, const vit_model *m, size_t B) {
+    size_t rows = vit__count(B, m->N, 1);
+    vit__embedding_workspace s;
+    s.patches = vit__take(w, m->type, vit__count(rows, m->C, m->P * m->P));
+    s.x = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    return s;
+}
+
+static void vit__patchify_forward(const vit_context *c, rt_block patches) {
+    const vit_model *m = c->model;
+    rt_block images = c->batch->images;
+    VIT__RUN(c, patchify_forward, RT_BLOCKS(images), RT_BLOCKS(patches), 0, 2 * vit__bytes(images), patches,
+             images, c->B, m->C, m->config.image_height, m->config.image_width, m->P);
 }
 
 static void vit__embedding_forward(const vit_context *c, const vit_unit *u, rt_block params, rt_block in,
                                    rt_block out, rt_block saved_bytes) {
     const vit_model *m = c->model;
-    vit__embedding_saved saved = vit__carve_embedding(&(vit__carver){saved_bytes, 0}, m, c->B);
-    rt_block images = c->batch->images,
-             x = vit__take(&(vit__carver){c->workspace, 0}, m->type, c->B * m->N * m->D);
+    vit__embedding_workspace s = vit__carve_embedding_workspace(&(vit__carver){c->workspace, 0}, m, c->B);
     rt_block cls = vit__parameter(u, params, EMBED_CLS), pos = vit__parameter(u, params, EMBED_POS);
-    (void)in;
-    VIT__RUN(c, patchify_forward, RT_BLOCKS(images), RT_BLOCKS(saved.patches), 0, 2 * vit__bytes(images),
-             saved.patches, images, c->B, m->C, m->config.image_height, m->config.image_width, m->P);
-    vit__linear_forward(c, x, (rt_block){0}, saved.patches, vit__parameter(u, params, EMBED_WEIGHT),
+    (void)in, (void)saved_bytes;
+    vit__patchify_forward(c, s.patches);
+    vit__linear_forward(c, s.x, (rt_block){0}, s.patches, vit__parameter(u, params, EMBED_WEIGHT),
                         vit__parameter(u, params, EMBED_BIAS), c->B * m->N, m->C * m->P * m->P, m->D);
-    VIT__RUN(c, embedding_forward, RT_BLOCKS(x, cls, pos), RT_BLOCKS(out), (double)out.count,
-             2 * vit__bytes(out), out, x, cls, pos, c->B, m->N, m->D);
+    VIT__RUN(c, embedding_forward, RT_BLOCKS(s.x, cls, pos), RT_BLOCKS(out), (double)out.count,
+             2 * vit__bytes(out), out, s.x, cls, pos, c->B, m->N, m->D);
 }
 
 static void vit__embedding_backward(const vit_context *c, const vit_unit *u, rt_block params, rt_block grads,
                                     rt_block in, rt_block saved_bytes, rt_block dout, rt_block din) {
     const vit_model *m = c->model;
-    vit__embedding_saved saved = vit__carve_embedding(&(vit__carver){saved_bytes, 0}, m, c->B);
-    rt_block dx = vit__take(&(vit__carver){c->workspace, 0}, m->type, c->B * m->N * m->D);
+    vit__embedding_workspace s = vit__carve_embedding_workspace(&(vit__carver){c->workspace, 0}, m, c->B);
     rt_block dcls = vit__parameter(u, grads, EMBED_CLS), dpos = vit__parameter(u, grads, EMBED_POS);
-    (void)in, (void)din;
-    VIT__RUN(c, embedding_backward, RT_BLOCKS(dout), RT_BLOCKS(dx, dcls, dpos), (double)dout.count,
-             2 * vit__bytes(dout), dx, dcls, dpos, dout, c->B, m->N, m->D);
+    (void)in, (void)saved_bytes, (void)din;
+    VIT__RUN(c, embedding_backward, RT_BLOCKS(dout), RT_BLOCKS(s.x, dcls, dpos), (double)dout.count,
+             2 * vit__bytes(dout), s.x, dcls, dpos, dout, c->B, m->N, m->D);
+    vit__patchify_forward(c, s.patches);
     vit__linear_backward(c, (rt_block){0}, vit__parameter(u, grads, EMBED_WEIGHT),
-                         vit__parameter(u, grads, EMBED_BIAS), dx, saved.patches,
+                         vit__parameter(u, grads, EMBED_BIAS), s.x, s.patches,
                          vit__parameter(u, params, EMBED_WEIGHT), (rt_block){0}, c->B * m->N,
                          m->C * m->P * m->P, m->D);
 }
 
-static size_t vit__embedding_workspace(const vit_model *m, size_t B) {
+static size_t vit__embedding_workspace_bytes(const vit_model *m, size_t B) {
     vit__carver w = {0};
-    vit__take(&w, m->type, vit__count(B, m->N, m->D));
+    vit__carve_embedding_workspace(&w, m, B);
     return w.used;
 }
 
@@ -882,7 +891,7 @@ typedef struct vit_unit_type {
 } vit_unit_type;
 
 static const vit_unit_type vit__embedding = {vit__embedding_tensors, vit__embedding_forward,
-                                             vit__embedding_backward, vit__embedding_workspace};
+                                             vit__embedding_backward, vit__embedding_workspace_bytes};
 static const vit_unit_type vit__block = {vit__block_tensors, vit__block_forward, vit__block_backward,
                                          vit__block_workspace_bytes};
 static const vit_unit_type vit__head = {vit__head_tensors, vit__head_forward, vit__head_backward,
@@ -904,7 +913,6 @@ size_t vit_unit_output(const vit_model *m, const vit_unit *unit, size_t B) {
 
 size_t vit_unit_saved_bytes(const vit_model *m, const vit_device *device, const vit_unit *unit, size_t B) {
     vit__carver s = {0};
-    if (unit->type == &vit__embedding) vit__carve_embedding(&s, m, B);
     if (unit->type == &vit__block) vit__carve_block(&s, m, unit, device, B);
     if (unit->type == &vit__head) vit__carve_head(&s, m, B);
     return s.used;

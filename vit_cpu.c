@@ -59,11 +59,10 @@ static int team(const rt_rank *rank, double nanoseconds) { return nanoseconds < 
 static void *allocate(rt_rank *rank, size_t bytes) {
     const size_t huge_page = (size_t)2 << 20, alignment = bytes < 2 * huge_page ? 64 : huge_page;
     if (bytes > SIZE_MAX - huge_page) return NULL;
-    bytes = round_up(bytes, alignment);
-    void *memory = aligned_alloc(alignment, bytes);
+    void *memory = aligned_alloc(alignment, round_up(bytes, alignment));
     if (!memory) return NULL;
-    if (alignment == huge_page)
-        madvise(memory, bytes, MADV_HUGEPAGE); /* where it is not taken, no harm is done */
+    if (alignment == huge_page) /* whole ones; where the advice is not taken, no harm is done */
+        madvise(memory, bytes / huge_page * huge_page, MADV_HUGEPAGE);
     return memset(memory, 0, bytes);
 }
 
