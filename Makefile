@@ -2,6 +2,7 @@
 # make demo    installs what is missing, builds, and trains a small ViT on two local ranks
 # make test    installs what the tests need, builds, and runs every test that needs no GPU
 # make bench   times operations, decoding, and two ranks against one process; prints fractions and ratios
+# make bench-pytorch  times training steps against PyTorch and timm, which it installs, in turn
 
 CC       := gcc
 CFLAGS   := -O3 -g -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math
@@ -22,7 +23,7 @@ FUZZERS := options safetensors idx cifar image
 
 # What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS. Goals that build nothing
 # themselves do not ask.
-NO_PROBE := demo test fuzz test-sanitize bench-pytorch bench-gpu validate docs format clean
+NO_PROBE := demo test fuzz test-sanitize bench-gpu validate docs format clean
 ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
 include build/config.mk
 endif
@@ -111,7 +112,10 @@ bench: train build/plain/bench_cpu build/plain/bench_decode
 	else echo "decoding: skipped, as DATA_DIR names no folder of images"; fi
 	tests/bench_ranks.sh
 
-bench-pytorch bench-gpu validate docs:
+bench-pytorch: train
+	tests/bench_pytorch.sh
+
+bench-gpu validate docs:
 	@echo "make $@ is not built yet" >&2; exit 1
 
 # ------------------------------------------------------------------------------------------------ the rest

@@ -24,9 +24,10 @@
  *
  * The architecture is timm's VisionTransformer (Dosovitskiy et al. 2020, arXiv 2010.11929): pre-LN blocks,
  * exact erf GELU, qkv with bias packed q | k | v, each head by head, a class token, learned positions,
- * drop-path (stochastic depth), a final LayerNorm of which only the class token is used, a linear head.
- * Letters in shapes: B images of a micro-batch, C channels, P patch side, N patches, T = N + 1 tokens, D
- * embedding size, H heads, F hidden size of the MLP, V classes. Everything is row-major.
+ * drop-path (stochastic depth), a final LayerNorm, a linear head. The head reads the class token alone, so
+ * the last block computes, beyond keys and values of all tokens, only what that token needs.
+ * Letters in shapes: B images of a micro-batch, C channels, P patch side, N patches, T = N + 1 tokens, Q of
+ * them that go on, D embedding size, H heads, F hidden size of the MLP, V classes. Everything is row-major.
  *
  * What it leaves out: dropout other than drop-path, pooling other than the class token, dynamic image sizes.
  *
@@ -100,40 +101,40 @@ typedef struct vit_device {
     void (*copy_in)(rt_stream *s, rt_block to, const void *from);
     void (*copy_out)(rt_stream *s, void *to, rt_block from);
 
-    /* Numbers of saved elements that attention_backward needs, for B images. */
-    size_t (*attention_saved)(size_t B, size_t T, size_t H, size_t head_dim);
+    /* Number of elements that attention_forward saves for attention_backward, for B images. */
+    size_t (*attention_saved)(size_t B, size_t T, size_t Q, size_t H, size_t head_dim);
 
     /* y [rows, out] = x [rows, in] w [out, in]^T + b [out]. With pre [rows, out]: pre takes that, y =
      * gelu(pre). */
     void (*linear_forward)(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
                            size_t rows, size_t in, size_t out);
-    /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w; with pre [rows,
-     * in], of which x = gelu(pre): dx = (dy w) * gelu'(pre). */
+    /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w. With pre [rows,
+     * in], of which x was gelu(pre) and need not have been kept: x = gelu(pre), dx = (dy w) * gelu'(pre). */
     void (*linear_backward)(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out);
 
-    /* y [rows, dim] = (x - mean) * rstd * gamma + beta, rstd = 1 / sqrt(variance + eps); row r of x begins at
-     * r * x_stride; mean and rstd [rows] (at least fp32) are kept for backward. */
+    /* y [rows, dim] = (x - mean) * rstd * gamma + beta, rstd = 1 / sqrt(variance + eps); mean and rstd [rows]
+     * (at least fp32) are kept for backward. */
     void (*layernorm_forward)(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block x,
-                              rt_block gamma, rt_block beta, size_t rows, size_t dim, size_t x_stride,
-                              double eps);
-    /* dx = residual (optional, may be dx itself) + d LayerNorm / dx; rows of dx, residual and x are x_stride
-     * apart. */
+                              rt_block gamma, rt_block beta, size_t rows, size_t dim, double eps);
+    /* dx [B, T, dim] = d LayerNorm / dx; to the first Q of every T rows is added residual [B, Q, dim]
+     * (optional). */
     void (*layernorm_backward)(rt_stream *s, rt_block dx, rt_block dgamma, rt_block dbeta, rt_block residual,
                                rt_block dy, rt_block x, rt_block mean, rt_block rstd, rt_block gamma,
-                               size_t rows, size_t dim, size_t x_stride);
+                               size_t B, size_t T, size_t Q, size_t dim);
 
-    /* out [B, T, D] = softmax(q k^T / sqrt(head_dim)) v, image by image and head by head;
-     * qkv [B, T, 3, H, head_dim]. */
+    /* out [B, Q, D] = softmax(q k^T / sqrt(head_dim)) v, image by image and head by head, for the queries of
+     * the first Q tokens; qkv [B, T, 3, H, head_dim]. The gradient of the other queries is 0. */
     void (*attention_forward)(rt_stream *s, rt_block out, rt_block saved, rt_block qkv, size_t B, size_t T,
-                              size_t H, size_t head_dim);
+                              size_t Q, size_t H, size_t head_dim);
     void (*attention_backward)(rt_stream *s, rt_block dqkv, rt_block dout, rt_block qkv, rt_block out,
-                               rt_block saved, size_t B, size_t T, size_t H, size_t head_dim);
+                               rt_block saved, size_t B, size_t T, size_t Q, size_t H, size_t head_dim);
 
-    /* out [B, count] = x + k_b branch (branch may be out itself): k_b = 0 with probability rate, else 1 / (1
-     * - rate), drawn by vit_drop_path_factor(keys [B] (uint64)[b], salt, rate). */
+    /* out [B, count] = x + k_b branch (branch may be out itself), where image b of x begins at b * x_stride.
+     * k_b = 0 with probability rate, else 1 / (1 - rate), drawn by vit_drop_path_factor(keys [B] (uint64)[b],
+     * salt, rate). */
     void (*residual_forward)(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
-                             size_t count, double rate, uint64_t salt);
+                             size_t count, size_t x_stride, double rate, uint64_t salt);
     /* dbranch [B, count] = k_b dout. */
     void (*residual_backward)(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                               size_t count, double rate, uint64_t salt);
@@ -220,6 +221,7 @@ typedef struct vit_unit {
     size_t index;          /* position in the chain */
     vit_tensor tensor[12]; /* decayed first, frozen last, so that AdamW on any part has one boundary */
     size_t tensors;
+    size_t tokens;     /* of each image, the first ones, in its output: T, but 1 in the last block */
     size_t count;      /* elements of its parameters, padding included: a multiple of 16 */
     size_t decayed;    /* elements [0, decayed) decay */
     size_t classifier; /* elements [0, classifier) are head.weight and head.bias, the others the backbone's */
@@ -269,7 +271,8 @@ typedef struct vit_context {
     rt_block workspace; /* scratch of one unit, [vit_workspace_bytes] */
 } vit_context;
 
-/* in [B, T, D] -> out [B, T, D]; the embedding has no in, the head's out is the logits [B, V]. */
+/* in [B, T, D] -> out [B, T, D]; the embedding has no in, the last block's out and the head's in are
+ * [B, 1, D], the head's out is the logits [B, V]. */
 void vit_unit_forward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block in, rt_block out,
                       rt_block saved);
 /* Overwrites grads (padding excepted) and din; dout may be din's other name only where a unit has no din.
@@ -594,7 +597,8 @@ static void vit__linear_forward(const vit_context *c, rt_block y, rt_block pre, 
 
 static void vit__linear_backward(const vit_context *c, rt_block dx, rt_block dw, rt_block db, rt_block dy,
                                  rt_block x, rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
-    VIT__RUN(c, linear_backward, RT_BLOCKS(dy, x, w, pre), RT_BLOCKS(dx, dw, db),
+    VIT__RUN(c, linear_backward, RT_BLOCKS(dy, pre.data ? pre : x, w),
+             RT_BLOCKS(dx, dw, db, pre.data ? x : (rt_block){0}),
              (dx.data ? 4. : 2.) * (double)rows * (double)in * (double)out,
              2 * vit__bytes(dy) + vit__bytes(x) + vit__bytes(w) + vit__bytes(dw) + vit__bytes(dx) +
                  vit__bytes(pre),
@@ -602,44 +606,47 @@ static void vit__linear_backward(const vit_context *c, rt_block dx, rt_block dw,
 }
 
 static void vit__layernorm_forward(const vit_context *c, rt_block y, rt_block mean, rt_block rstd, rt_block x,
-                                   rt_block gamma, rt_block beta, size_t rows, size_t stride) {
+                                   rt_block gamma, rt_block beta, size_t rows) {
     size_t dim = c->model->D;
     VIT__RUN(c, layernorm_forward, RT_BLOCKS(x, gamma, beta), RT_BLOCKS(y, mean, rstd),
-             8 * (double)(rows * dim), 2 * vit__bytes(y), y, mean, rstd, x, gamma, beta, rows, dim, stride,
+             8 * (double)(rows * dim), 2 * vit__bytes(y), y, mean, rstd, x, gamma, beta, rows, dim,
              c->model->config.layer_norm_eps);
 }
 
 static void vit__layernorm_backward(const vit_context *c, rt_block dx, rt_block dgamma, rt_block dbeta,
                                     rt_block residual, rt_block dy, rt_block x, rt_block mean, rt_block rstd,
-                                    rt_block gamma, size_t rows, size_t stride) {
+                                    rt_block gamma, size_t T, size_t Q) {
     size_t dim = c->model->D;
     VIT__RUN(c, layernorm_backward, RT_BLOCKS(residual, dy, x, mean, rstd, gamma),
-             RT_BLOCKS(dx, dgamma, dbeta), 16 * (double)(rows * dim),
-             (residual.data ? 4 : 3) * vit__bytes(dy), dx, dgamma, dbeta, residual, dy, x, mean, rstd, gamma,
-             rows, dim, stride);
+             RT_BLOCKS(dx, dgamma, dbeta), 16 * (double)(c->B * T * dim),
+             3 * vit__bytes(dy) + vit__bytes(residual), dx, dgamma, dbeta, residual, dy, x, mean, rstd, gamma,
+             c->B, T, Q, dim);
 }
 
-static void vit__attention_forward(const vit_context *c, rt_block out, rt_block saved, rt_block qkv) {
+static void vit__attention_forward(const vit_context *c, rt_block out, rt_block saved, rt_block qkv,
+                                   size_t Q) {
     const vit_model *m = c->model;
     VIT__RUN(c, attention_forward, RT_BLOCKS(qkv), RT_BLOCKS(out, saved),
-             4. * (double)(c->B * m->T * m->T * m->D), vit__bytes(qkv) + vit__bytes(saved) + vit__bytes(out),
-             out, saved, qkv, c->B, m->T, m->H, m->head_dim);
+             4. * (double)(c->B * m->T * Q * m->D), vit__bytes(qkv) + vit__bytes(saved) + vit__bytes(out),
+             out, saved, qkv, c->B, m->T, Q, m->H, m->head_dim);
 }
 
 static void vit__attention_backward(const vit_context *c, rt_block dqkv, rt_block dout, rt_block qkv,
-                                    rt_block out, rt_block saved) {
+                                    rt_block out, rt_block saved, size_t Q) {
     const vit_model *m = c->model;
     VIT__RUN(c, attention_backward, RT_BLOCKS(dout, qkv, out, saved), RT_BLOCKS(dqkv),
-             8. * (double)(c->B * m->T * m->T * m->D),
+             8. * (double)(c->B * m->T * Q * m->D),
              2 * vit__bytes(qkv) + vit__bytes(saved) + 2 * vit__bytes(out), dqkv, dout, qkv, out, saved, c->B,
-             m->T, m->H, m->head_dim);
+             m->T, Q, m->H, m->head_dim);
 }
 
+/* out [B, Q, D] = x + k branch, for the first Q of the x_tokens tokens of x's images. */
 static void vit__residual_forward(const vit_context *c, rt_block out, rt_block x, rt_block branch,
-                                  double rate, uint64_t salt) {
+                                  size_t x_tokens, double rate, uint64_t salt) {
     rt_block keys = c->batch->sample_keys;
     VIT__RUN(c, residual_forward, RT_BLOCKS(x, branch, keys), RT_BLOCKS(out), 2 * (double)out.count,
-             3 * vit__bytes(out), out, x, branch, keys, c->B, out.count / c->B, c->training ? rate : 0, salt);
+             3 * vit__bytes(out), out, x, branch, keys, c->B, out.count / c->B, x_tokens * c->model->D,
+             c->training ? rate : 0, salt);
 }
 
 /* dbranch of out = x + k branch: dout itself where nothing is ever dropped. */
@@ -654,83 +661,109 @@ static rt_block vit__residual_backward(const vit_context *c, rt_block dbranch, r
 
 /* ---------------------------------------------------------------------------------------- unit: embedding */
 
+/* Nothing is saved: patches are the images in another order, so backward makes them again. */
 typedef struct {
-    rt_block patches;
-} vit__embedding_saved;
+    rt_block patches, x; /* [B, N, C * P * P], [B, N, D] */
+} vit__embedding_workspace;
 
-static vit__embedding_saved vit__carve_embedding(vit__carver *s, const vit_model *m, size_t B) {
-    return (vit__embedding_saved){vit__take(s, m->type, vit__count(B, m->N, m->C * m->P * m->P))};
+static vit__embedding_workspace vit__carve_embedding_workspace(vit__carver *w, const vit_model *m, size_t B) {
+    size_t rows = vit__count(B, m->N, 1);
+    vit__embedding_workspace s;
+    s.patches = vit__take(w, m->type, vit__count(rows, m->C, m->P * m->P));
+    s.x = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    return s;
+}
+
+static void vit__patchify_forward(const vit_context *c, rt_block patches) {
+    const vit_model *m = c->model;
+    rt_block images = c->batch->images;
+    VIT__RUN(c, patchify_forward, RT_BLOCKS(images), RT_BLOCKS(patches), 0, 2 * vit__bytes(images), patches,
+             images, c->B, m->C, m->config.image_height, m->config.image_width, m->P);
 }
 
 static void vit__embedding_forward(const vit_context *c, const vit_unit *u, rt_block params, rt_block in,
                                    rt_block out, rt_block saved_bytes) {
     const vit_model *m = c->model;
-    vit__embedding_saved saved = vit__carve_embedding(&(vit__carver){saved_bytes, 0}, m, c->B);
-    rt_block images = c->batch->images,
-             x = vit__take(&(vit__carver){c->workspace, 0}, m->type, c->B * m->N * m->D);
+    vit__embedding_workspace s = vit__carve_embedding_workspace(&(vit__carver){c->workspace, 0}, m, c->B);
     rt_block cls = vit__parameter(u, params, EMBED_CLS), pos = vit__parameter(u, params, EMBED_POS);
-    (void)in;
-    VIT__RUN(c, patchify_forward, RT_BLOCKS(images), RT_BLOCKS(saved.patches), 0, 2 * vit__bytes(images),
-             saved.patches, images, c->B, m->C, m->config.image_height, m->config.image_width, m->P);
-    vit__linear_forward(c, x, (rt_block){0}, saved.patches, vit__parameter(u, params, EMBED_WEIGHT),
+    (void)in, (void)saved_bytes;
+    vit__patchify_forward(c, s.patches);
+    vit__linear_forward(c, s.x, (rt_block){0}, s.patches, vit__parameter(u, params, EMBED_WEIGHT),
                         vit__parameter(u, params, EMBED_BIAS), c->B * m->N, m->C * m->P * m->P, m->D);
-    VIT__RUN(c, embedding_forward, RT_BLOCKS(x, cls, pos), RT_BLOCKS(out), (double)out.count,
-             2 * vit__bytes(out), out, x, cls, pos, c->B, m->N, m->D);
+    VIT__RUN(c, embedding_forward, RT_BLOCKS(s.x, cls, pos), RT_BLOCKS(out), (double)out.count,
+             2 * vit__bytes(out), out, s.x, cls, pos, c->B, m->N, m->D);
 }
 
 static void vit__embedding_backward(const vit_context *c, const vit_unit *u, rt_block params, rt_block grads,
                                     rt_block in, rt_block saved_bytes, rt_block dout, rt_block din) {
     const vit_model *m = c->model;
-    vit__embedding_saved saved = vit__carve_embedding(&(vit__carver){saved_bytes, 0}, m, c->B);
-    rt_block dx = vit__take(&(vit__carver){c->workspace, 0}, m->type, c->B * m->N * m->D);
+    vit__embedding_workspace s = vit__carve_embedding_workspace(&(vit__carver){c->workspace, 0}, m, c->B);
     rt_block dcls = vit__parameter(u, grads, EMBED_CLS), dpos = vit__parameter(u, grads, EMBED_POS);
-    (void)in, (void)din;
-    VIT__RUN(c, embedding_backward, RT_BLOCKS(dout), RT_BLOCKS(dx, dcls, dpos), (double)dout.count,
-             2 * vit__bytes(dout), dx, dcls, dpos, dout, c->B, m->N, m->D);
+    (void)in, (void)saved_bytes, (void)din;
+    VIT__RUN(c, embedding_backward, RT_BLOCKS(dout), RT_BLOCKS(s.x, dcls, dpos), (double)dout.count,
+             2 * vit__bytes(dout), s.x, dcls, dpos, dout, c->B, m->N, m->D);
+    vit__patchify_forward(c, s.patches);
     vit__linear_backward(c, (rt_block){0}, vit__parameter(u, grads, EMBED_WEIGHT),
-                         vit__parameter(u, grads, EMBED_BIAS), dx, saved.patches,
+                         vit__parameter(u, grads, EMBED_BIAS), s.x, s.patches,
                          vit__parameter(u, params, EMBED_WEIGHT), (rt_block){0}, c->B * m->N,
                          m->C * m->P * m->P, m->D);
 }
 
-static size_t vit__embedding_workspace(const vit_model *m, size_t B) {
+static size_t vit__embedding_workspace_bytes(const vit_model *m, size_t B) {
     vit__carver w = {0};
-    vit__take(&w, m->type, vit__count(B, m->N, m->D));
+    vit__carve_embedding_workspace(&w, m, B);
     return w.used;
 }
 
 /* -------------------------------------------------------------------------------------------- unit: block */
 
+/* Q tokens of each image go on behind the keys and values: all, or in the last block the class token. */
 typedef struct {
-    rt_block norm1, mean1, rstd1; /* [B, T, D], [B, T], [B, T] */
-    rt_block qkv, softmax;        /* [B, T, 3, H, head_dim], as the device likes */
-    rt_block attention;           /* [B, T, D] */
-    rt_block middle;              /* [B, T, D]: the residual stream between the two branches */
-    rt_block norm2, mean2, rstd2;
-    rt_block pre, hidden; /* [B, T, F] before and after GELU */
+    rt_block mean1, rstd1; /* [B, T] */
+    rt_block qkv, softmax; /* [B, T, 3, H, head_dim], as the device likes */
+    rt_block attention;    /* [B, Q, D] */
+    rt_block middle;       /* [B, Q, D]: the residual stream between the two branches */
+    rt_block mean2, rstd2; /* [B, Q] */
+    rt_block pre;          /* [B, Q, F]: before GELU */
 } vit__block_saved;
 
-static vit__block_saved vit__carve_block(vit__carver *s, const vit_model *m, const vit_device *device,
-                                         size_t B) {
-    size_t rows = vit__count(B, m->T, 1), x = vit__count(rows, m->D, 1);
+static vit__block_saved vit__carve_block(vit__carver *s, const vit_model *m, const vit_unit *u,
+                                         const vit_device *device, size_t B) {
+    size_t all = vit__count(B, m->T, 1), rows = vit__count(B, u->tokens, 1);
     rt_type statistic = vit__statistic(m);
     vit__block_saved v;
-    v.norm1 = vit__take(s, m->type, x);
-    v.mean1 = vit__take(s, statistic, rows);
-    v.rstd1 = vit__take(s, statistic, rows);
-    v.qkv = vit__take(s, m->type, vit__count(x, 3, 1));
+    v.mean1 = vit__take(s, statistic, all);
+    v.rstd1 = vit__take(s, statistic, all);
+    v.qkv = vit__take(s, m->type, vit__count(all, m->D, 3));
     v.softmax = vit__take(s, statistic,
-                          vit__count(rows, m->T, m->H) == SIZE_MAX
+                          vit__count(all, m->T, m->H) == SIZE_MAX
                               ? SIZE_MAX
-                              : device->attention_saved(B, m->T, m->H, m->head_dim));
-    v.attention = vit__take(s, m->type, x);
-    v.middle = vit__take(s, m->type, x);
-    v.norm2 = vit__take(s, m->type, x);
+                              : device->attention_saved(B, m->T, u->tokens, m->H, m->head_dim));
+    v.attention = vit__take(s, m->type, vit__count(rows, m->D, 1));
+    v.middle = vit__take(s, m->type, vit__count(rows, m->D, 1));
     v.mean2 = vit__take(s, statistic, rows);
     v.rstd2 = vit__take(s, statistic, rows);
     v.pre = vit__take(s, m->type, vit__count(rows, m->F, 1));
-    v.hidden = vit__take(s, m->type, vit__count(rows, m->F, 1));
     return v;
+}
+
+/* What the two LayerNorms and GELU give is cheap to compute again: it is not saved, and stays in the cache
+ * where one block after the other uses the same memory. */
+typedef struct {
+    rt_block norm, hidden;                  /* [B, T, D], [B, T, F]: their outputs */
+    rt_block dmiddle, dbranch, dnorm, wide; /* [B, T, D] three times, [B, T, max(3 D, F)] */
+} vit__block_workspace;
+
+static vit__block_workspace vit__carve_block_workspace(vit__carver *w, const vit_model *m, size_t B) {
+    size_t rows = vit__count(B, m->T, 1), wide = m->F > 3 * m->D ? m->F : 3 * m->D;
+    vit__block_workspace s;
+    s.norm = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    s.hidden = vit__take(w, m->type, vit__count(rows, m->F, 1));
+    s.dmiddle = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    s.dbranch = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    s.dnorm = vit__take(w, m->type, vit__count(rows, m->D, 1));
+    s.wide = vit__take(w, m->type, vit__count(rows, wide, 1));
+    return s;
 }
 
 /* The random numbers of drop-path: one per sample, block and branch. */
@@ -739,63 +772,54 @@ static uint64_t vit__salt(const vit_unit *u, int branch) { return 2 * u->index +
 static void vit__block_forward(const vit_context *c, const vit_unit *u, rt_block params, rt_block in,
                                rt_block out, rt_block saved_bytes) {
     const vit_model *m = c->model;
-    size_t rows = c->B * m->T, D = m->D;
+    size_t T = m->T, Q = u->tokens, D = m->D, rows = c->B * Q;
     rt_block none = {0};
-    vit__block_saved v = vit__carve_block(&(vit__carver){saved_bytes, 0}, m, c->device, c->B);
+    vit__block_saved v = vit__carve_block(&(vit__carver){saved_bytes, 0}, m, u, c->device, c->B);
+    vit__block_workspace s = vit__carve_block_workspace(&(vit__carver){c->workspace, 0}, m, c->B);
 #define P(tensor) vit__parameter(u, params, tensor)
-    vit__layernorm_forward(c, v.norm1, v.mean1, v.rstd1, in, P(NORM1_WEIGHT), P(NORM1_BIAS), rows, D);
-    vit__linear_forward(c, v.qkv, none, v.norm1, P(QKV_WEIGHT), P(QKV_BIAS), rows, D, 3 * D);
-    vit__attention_forward(c, v.attention, v.softmax, v.qkv);
+    vit__layernorm_forward(c, s.norm, v.mean1, v.rstd1, in, P(NORM1_WEIGHT), P(NORM1_BIAS), c->B * T);
+    vit__linear_forward(c, v.qkv, none, s.norm, P(QKV_WEIGHT), P(QKV_BIAS), c->B * T, D, 3 * D);
+    vit__attention_forward(c, v.attention, v.softmax, v.qkv, Q);
     vit__linear_forward(c, v.middle, none, v.attention, P(PROJ_WEIGHT), P(PROJ_BIAS), rows, D, D);
-    vit__residual_forward(c, v.middle, in, v.middle, u->drop_path, vit__salt(u, 0));
+    vit__residual_forward(c, v.middle, in, v.middle, T, u->drop_path, vit__salt(u, 0));
 
-    vit__layernorm_forward(c, v.norm2, v.mean2, v.rstd2, v.middle, P(NORM2_WEIGHT), P(NORM2_BIAS), rows, D);
-    vit__linear_forward(c, v.hidden, v.pre, v.norm2, P(FC1_WEIGHT), P(FC1_BIAS), rows, D, m->F);
-    vit__linear_forward(c, out, none, v.hidden, P(FC2_WEIGHT), P(FC2_BIAS), rows, m->F, D);
-    vit__residual_forward(c, out, v.middle, out, u->drop_path, vit__salt(u, 1));
-}
-
-typedef struct {
-    rt_block branch, norm, wide;
-} vit__block_workspace; /* [B, T, D] twice, [B, T, max(3 D, F)] */
-
-static vit__block_workspace vit__carve_block_workspace(vit__carver *w, const vit_model *m, size_t B) {
-    size_t rows = vit__count(B, m->T, 1), wide = m->F > 3 * m->D ? m->F : 3 * m->D;
-    vit__block_workspace s;
-    s.branch = vit__take(w, m->type, vit__count(rows, m->D, 1));
-    s.norm = vit__take(w, m->type, vit__count(rows, m->D, 1));
-    s.wide = vit__take(w, m->type, vit__count(rows, wide, 1));
-    return s;
+    vit__layernorm_forward(c, s.norm, v.mean2, v.rstd2, v.middle, P(NORM2_WEIGHT), P(NORM2_BIAS), rows);
+    vit__linear_forward(c, s.hidden, v.pre, s.norm, P(FC1_WEIGHT), P(FC1_BIAS), rows, D, m->F);
+    vit__linear_forward(c, out, none, s.hidden, P(FC2_WEIGHT), P(FC2_BIAS), rows, m->F, D);
+    vit__residual_forward(c, out, v.middle, out, Q, u->drop_path, vit__salt(u, 1));
 }
 
 static void vit__block_backward(const vit_context *c, const vit_unit *u, rt_block params, rt_block grads,
                                 rt_block in, rt_block saved_bytes, rt_block dout, rt_block din) {
     const vit_model *m = c->model;
-    size_t rows = c->B * m->T, D = m->D, F = m->F;
+    size_t T = m->T, Q = u->tokens, D = m->D, F = m->F, rows = c->B * Q;
     rt_block none = {0};
-    vit__block_saved v = vit__carve_block(&(vit__carver){saved_bytes, 0}, m, c->device, c->B);
+    vit__block_saved v = vit__carve_block(&(vit__carver){saved_bytes, 0}, m, u, c->device, c->B);
     vit__block_workspace s = vit__carve_block_workspace(&(vit__carver){c->workspace, 0}, m, c->B);
-    rt_block dhidden = rt_slice(s.wide, 0, rows * F), dqkv = rt_slice(s.wide, 0, rows * 3 * D);
+    rt_block dhidden = rt_slice(s.wide, 0, rows * F), dqkv = rt_slice(s.wide, 0, c->B * T * 3 * D);
+    rt_block dattention = rt_slice(s.dnorm, 0, rows * D), dmiddle = rt_slice(s.dmiddle, 0, rows * D);
+    dout = rt_slice(dout, 0, rows * D);
 #define G(tensor) vit__parameter(u, grads, tensor)
     /* out = middle + k fc2(gelu(fc1(norm2(middle)))) */
-    rt_block dbranch = vit__residual_backward(c, s.branch, dout, u->drop_path, vit__salt(u, 1));
-    vit__linear_backward(c, dhidden, G(FC2_WEIGHT), G(FC2_BIAS), dbranch, v.hidden, P(FC2_WEIGHT), v.pre,
+    rt_block dbranch = vit__residual_backward(c, s.dbranch, dout, u->drop_path, vit__salt(u, 1));
+    vit__linear_backward(c, dhidden, G(FC2_WEIGHT), G(FC2_BIAS), dbranch, s.hidden, P(FC2_WEIGHT), v.pre,
                          rows, F, D);
-    vit__linear_backward(c, s.norm, G(FC1_WEIGHT), G(FC1_BIAS), dhidden, v.norm2, P(FC1_WEIGHT), none, rows,
+    vit__layernorm_forward(c, s.norm, v.mean2, v.rstd2, v.middle, P(NORM2_WEIGHT), P(NORM2_BIAS), rows);
+    vit__linear_backward(c, s.dnorm, G(FC1_WEIGHT), G(FC1_BIAS), dhidden, s.norm, P(FC1_WEIGHT), none, rows,
                          D, F);
-    rt_block dmiddle = din;
-    vit__layernorm_backward(c, dmiddle, G(NORM2_WEIGHT), G(NORM2_BIAS), dout, s.norm, v.middle, v.mean2,
-                            v.rstd2, P(NORM2_WEIGHT), rows, D);
+    vit__layernorm_backward(c, dmiddle, G(NORM2_WEIGHT), G(NORM2_BIAS), dout, s.dnorm, v.middle, v.mean2,
+                            v.rstd2, P(NORM2_WEIGHT), Q, Q);
 
     /* middle = in + k proj(attention(qkv(norm1(in)))) */
-    dbranch = vit__residual_backward(c, s.branch, dmiddle, u->drop_path, vit__salt(u, 0));
-    vit__linear_backward(c, s.norm, G(PROJ_WEIGHT), G(PROJ_BIAS), dbranch, v.attention, P(PROJ_WEIGHT), none,
-                         rows, D, D);
-    vit__attention_backward(c, dqkv, s.norm, v.qkv, v.attention, v.softmax);
-    vit__linear_backward(c, s.norm, G(QKV_WEIGHT), G(QKV_BIAS), dqkv, v.norm1, P(QKV_WEIGHT), none, rows, D,
-                         3 * D);
-    vit__layernorm_backward(c, din, G(NORM1_WEIGHT), G(NORM1_BIAS), dmiddle, s.norm, in, v.mean1, v.rstd1,
-                            P(NORM1_WEIGHT), rows, D);
+    dbranch = vit__residual_backward(c, s.dbranch, dmiddle, u->drop_path, vit__salt(u, 0));
+    vit__linear_backward(c, dattention, G(PROJ_WEIGHT), G(PROJ_BIAS), dbranch, v.attention, P(PROJ_WEIGHT),
+                         none, rows, D, D);
+    vit__attention_backward(c, dqkv, dattention, v.qkv, v.attention, v.softmax, Q);
+    vit__layernorm_forward(c, s.norm, v.mean1, v.rstd1, in, P(NORM1_WEIGHT), P(NORM1_BIAS), c->B * T);
+    vit__linear_backward(c, s.dnorm, G(QKV_WEIGHT), G(QKV_BIAS), dqkv, s.norm, P(QKV_WEIGHT), none, c->B * T,
+                         D, 3 * D);
+    vit__layernorm_backward(c, din, G(NORM1_WEIGHT), G(NORM1_BIAS), dmiddle, s.dnorm, in, v.mean1, v.rstd1,
+                            P(NORM1_WEIGHT), T, Q);
 #undef P
 #undef G
 }
@@ -821,14 +845,13 @@ static vit__head_saved vit__carve_head(vit__carver *s, const vit_model *m, size_
     return v;
 }
 
-/* Only the class token, row 0 of each image, goes on: its rows are T * D apart. */
 static void vit__head_forward(const vit_context *c, const vit_unit *u, rt_block params, rt_block in,
                               rt_block out, rt_block saved_bytes) {
     const vit_model *m = c->model;
     vit__head_saved v = vit__carve_head(&(vit__carver){saved_bytes, 0}, m, c->B);
     rt_block labels = c->batch->labels;
     vit__layernorm_forward(c, v.norm, v.mean, v.rstd, in, vit__parameter(u, params, HEAD_NORM_WEIGHT),
-                           vit__parameter(u, params, HEAD_NORM_BIAS), c->B, m->T * m->D);
+                           vit__parameter(u, params, HEAD_NORM_BIAS), c->B);
     vit__linear_forward(c, out, (rt_block){0}, v.norm, vit__parameter(u, params, HEAD_WEIGHT),
                         vit__parameter(u, params, HEAD_BIAS), c->B, m->D, m->V);
     VIT__RUN(c, cross_entropy_forward, RT_BLOCKS(out, labels), RT_BLOCKS(c->losses, v.probabilities),
@@ -852,10 +875,9 @@ static void vit__head_backward(const vit_context *c, const vit_unit *u, rt_block
                          dlogits, v.norm, vit__parameter(u, params, HEAD_WEIGHT), (rt_block){0}, c->B, m->D,
                          m->V);
     if (!din.data) return;
-    vit_fill_zero(c, din);
     vit__layernorm_backward(c, din, vit__parameter(u, grads, HEAD_NORM_WEIGHT),
                             vit__parameter(u, grads, HEAD_NORM_BIAS), (rt_block){0}, dnorm, in, v.mean,
-                            v.rstd, vit__parameter(u, params, HEAD_NORM_WEIGHT), c->B, m->T * m->D);
+                            v.rstd, vit__parameter(u, params, HEAD_NORM_WEIGHT), 1, 1);
 }
 
 static size_t vit__head_workspace(const vit_model *m, size_t B) {
@@ -878,7 +900,7 @@ typedef struct vit_unit_type {
 } vit_unit_type;
 
 static const vit_unit_type vit__embedding = {vit__embedding_tensors, vit__embedding_forward,
-                                             vit__embedding_backward, vit__embedding_workspace};
+                                             vit__embedding_backward, vit__embedding_workspace_bytes};
 static const vit_unit_type vit__block = {vit__block_tensors, vit__block_forward, vit__block_backward,
                                          vit__block_workspace_bytes};
 static const vit_unit_type vit__head = {vit__head_tensors, vit__head_forward, vit__head_backward,
@@ -895,13 +917,12 @@ void vit_unit_backward(const vit_context *c, const vit_unit *unit, rt_block para
 }
 
 size_t vit_unit_output(const vit_model *m, const vit_unit *unit, size_t B) {
-    return unit->type == &vit__head ? vit__count(B, m->V, 1) : vit__count(B, m->T, m->D);
+    return unit->type == &vit__head ? vit__count(B, m->V, 1) : vit__count(B, unit->tokens, m->D);
 }
 
 size_t vit_unit_saved_bytes(const vit_model *m, const vit_device *device, const vit_unit *unit, size_t B) {
     vit__carver s = {0};
-    if (unit->type == &vit__embedding) vit__carve_embedding(&s, m, B);
-    if (unit->type == &vit__block) vit__carve_block(&s, m, device, B);
+    if (unit->type == &vit__block) vit__carve_block(&s, m, unit, device, B);
     if (unit->type == &vit__head) vit__carve_head(&s, m, B);
     return s.used;
 }
@@ -970,6 +991,7 @@ int vit_model_init(vit_model *m, const vit_config *config, rt_type type, error_t
         vit_unit *u = &m->unit[i];
         u->index = i;
         u->type = i == 0 ? &vit__embedding : i <= c->depth ? &vit__block : &vit__head;
+        u->tokens = i < c->depth ? m->T : 1;
         if (u->type == &vit__block) {
             snprintf(u->name, sizeof u->name, "block %zu", i - 1);
             if (c->depth > 1) u->drop_path = c->drop_path * (double)(i - 1) / (double)(c->depth - 1);

@@ -59,11 +59,10 @@ static int team(const rt_rank *rank, double nanoseconds) { return nanoseconds < 
 static void *allocate(rt_rank *rank, size_t bytes) {
     const size_t huge_page = (size_t)2 << 20, alignment = bytes < 2 * huge_page ? 64 : huge_page;
     if (bytes > SIZE_MAX - huge_page) return NULL;
-    bytes = round_up(bytes, alignment);
-    void *memory = aligned_alloc(alignment, bytes);
+    void *memory = aligned_alloc(alignment, round_up(bytes, alignment));
     if (!memory) return NULL;
-    if (alignment == huge_page)
-        madvise(memory, bytes, MADV_HUGEPAGE); /* where it is not taken, no harm is done */
+    if (alignment == huge_page) /* whole ones; where the advice is not taken, no harm is done */
+        madvise(memory, bytes / huge_page * huge_page, MADV_HUGEPAGE);
     return memset(memory, 0, bytes);
 }
 
@@ -140,33 +139,26 @@ static __attribute__((noinline)) float softmax(float *x, size_t n, float scale) 
     return sum;
 }
 
-/* The standard normal distribution function Phi(x), absolute error below 7e-8, and *e = exp(-x^2/2). Where
- * |x| < 1: 1/2 plus x times a polynomial in x^2. Outside: Phi(-t) = e R(t), where R(t) = exp(t^2/2) erfc(t /
- * sqrt 2) / 2 decays slowly and is well met by a rational function, to 6e-8 relative as far as e is not 0. */
+/* The standard normal distribution function Phi(x), absolute error below 1.2e-7, and *e = exp(-x^2/2).
+ * Phi(-t) = e R(t) for t >= 0, where R(t) = exp(t^2/2) erfc(t / sqrt 2) / 2 decays slowly; the polynomial for
+ * R has the least error once it is multiplied by e, 1.7e-8. */
 INLINE float normal_distribution(float x, float *e) {
-    const float x2 = x * x;
     float t = fabsf(x);
     t = t > 16 ? 16 : t; /* e is 0 there; powers of t must not overflow */
-    *e = exp_negative(-0.5f * x2);
-    float a = ((-7.530324406e-6f * x2 + 1.131436991e-4f) * x2 - 1.185984754e-3f) * x2 + 9.973170956e-3f;
-    a = (a * x2 - 0.06649033235f) * x2 + 0.3989422787f;
-    const float p = ((0.02219589782f * t + 0.136755331f) * t + 0.3891186407f) * t + 0.499891735f;
-    const float q = (((0.05563928779f * t + 0.3426875073f) * t + 1.03301269f) * t + 1.574962418f) * t + 1;
-    const float tail = *e * (p / q), near = x * a + 0.5f, far = x < 0 ? tail : 1 - tail;
-    return t < 1 ? near : far;
+    *e = exp_negative(-0.5f * x * x);
+    float r = ((-3.155434740e-7f * t + 7.708787052e-6f) * t - 8.477106167e-5f) * t + 5.636530695e-4f;
+    r = (((r * t - 2.590091433e-3f) * t + 9.003849700e-3f) * t - 0.02547181956f) * t + 0.06192393228f;
+    r = (((r * t - 0.1328057796f) * t + 0.2499725670f) * t - 0.3989405930f) * t + 0.4999999702f;
+    const float tail = *e * r;
+    return x < 0 ? tail : 1 - tail;
 }
 
-/* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2 */
-INLINE float gelu(float x) {
-    float e;
-    return x * normal_distribution(x, &e);
-}
-
-/* Phi(x) + x exp(-x^2/2) / sqrt(2 pi) */
-INLINE float gelu_derivative(float x) {
+/* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, and its derivative Phi(x) + x exp(-x^2/2) / sqrt(2 pi). */
+INLINE float gelu(float x, float *derivative) {
     float e;
     const float phi = normal_distribution(x, &e);
-    return phi + x * e * 0.398942280f;
+    *derivative = phi + x * e * 0.398942280f;
+    return x * phi;
 }
 
 /* ------------------------------------------------------------------------------------- the matrix product */
@@ -334,8 +326,8 @@ static void pack_panels(float *to, matrix b, size_t K, size_t N, size_t thread, 
 }
 
 /* Packs a [M, K]: transposed into slivers [K, MR], else as rows of another stride, since rows some KB apart
- * would compete for the same cache lines. */
-static matrix pack_rows(float *to, matrix a, size_t M, size_t K) {
+ * would compete for the same cache lines. Transposed it also adds up each row, if sums [M] are asked for. */
+static matrix pack_rows(float *to, matrix a, size_t M, size_t K, float *sums) {
     for (size_t i = 0; !a.transposed && i < M; i++)
         memcpy(to + i * (K + VL), a.at + i * a.ld, K * sizeof *to);
     if (!a.transposed) return (matrix){to, K + VL, 0};
@@ -344,6 +336,9 @@ static matrix pack_rows(float *to, matrix a, size_t M, size_t K) {
         size_t i = 0;
         for (; i + MR <= M; i += MR) memcpy(to + i * K + k * MR, from + i, MR * sizeof *to);
         memcpy(to + i * K + k * MR, from + i, (M - i) * sizeof *to);
+        if (sums)
+#pragma omp simd
+            for (i = 0; i < M; i++) sums[i] += from[i];
     }
     return (matrix){to, MR, 1};
 }
@@ -357,12 +352,13 @@ typedef struct product {
     const float *bias; /* [N] */
     const float *pre;  /* [M, N] */
     float *y;          /* [M, N] */
+    float *sums;       /* [M] = the sums of a's rows, if asked for; a is then transposed */
 } product;
 
-/* Blocks: K at most; rows of packed A; and floats of packed B, which are to stay in the L2 cache, each
- * thread's own, where A is not packed (a short K) and passes over it row by row, else in the L3 cache that
- * they share. */
-enum { KC = 768, K_UNPACKED = 400, MC = 10 * MR, PANELS_L2 = 100 << 10, PANELS_L3 = 1 << 20 };
+/* Blocks: K at most; rows of packed A; and floats of packed B, which all threads share and which are to stay
+ * in the L3 cache. A is packed only where it is transposed, or where its rows lie a multiple of ALIASED floats
+ * apart, in the same few places of an L1 cache. */
+enum { KC = 1024, MC = 10 * MR, PANELS = 1 << 20, ALIASED = 1024 };
 
 /* Tiles of the busiest thread if `down` x `across` threads share them. */
 static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down, size_t across) {
@@ -371,8 +367,8 @@ static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down
 
 static void multiply_own(rt_rank *rank, const product *p, int threads) {
     const size_t blocks = (p->K + KC - 1) / KC, kc = (p->K + blocks - 1) / blocks;
-    const int unpacked = !p->a.transposed && p->K <= K_UNPACKED;
-    const size_t nc = min_size(round_up(p->N, NR), (unpacked ? PANELS_L2 : PANELS_L3) / kc / NR * NR + NR);
+    const int unpacked = !p->a.transposed && p->a.ld % ALIASED;
+    const size_t nc = min_size(round_up(p->N, NR), PANELS / kc / NR * NR + NR);
     const size_t mc = unpacked ? MR : MC, a_count = unpacked ? 0 : MC * (kc + VL);
     const size_t tiles = (p->M + MR - 1) / MR;
     float *memory = scratch(rank, 2 * nc * kc, a_count);
@@ -401,7 +397,9 @@ static void multiply_own(rt_rank *rank, const product *p, int threads) {
                 for (size_t i = i_begin; i < i_end; i += mc) {
                     const size_t rows = min_size(mc, i_end - i);
                     matrix a = part(p->a, i, k);
-                    if (!unpacked) a = pack_rows(packed, a, rows, K);
+                    float *sums = p->sums && j0 == 0 && my_column == 0 ? p->sums + i : NULL;
+                    if (sums && block == 0) memset(sums, 0, rows * sizeof *sums);
+                    if (!unpacked) a = pack_rows(packed, a, rows, K, sums);
                     multiply_panels(p->c + i * p->N + j0 + j, p->N, a, a.transposed ? K : a.ld,
                                     panels + j * K, rows, cols, K, block > 0);
                     if (p->epilogue && block + 1 == blocks) p->epilogue(p, i, j0 + j, rows, cols);
@@ -434,12 +432,32 @@ enum { HAS_OPENBLAS = 0 }; /* and vit_cpu_matmul sees to it that nobody asks for
 static void multiply_openblas(const product *p, int threads) {}
 #endif
 
+/* sums [cols] = the sum over the rows of x [rows, cols] */
+static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, size_t cols) {
+    enum { COLS = 512 };
+#pragma omp parallel for num_threads(team(rank, 0.2 * rows * cols)) schedule(static)
+    for (size_t j0 = 0; j0 < cols; j0 += COLS) {
+        const size_t n = min_size(COLS, cols - j0);
+        memset(sums + j0, 0, n * sizeof *sums);
+        for (size_t i0 = 0; i0 < rows; i0 += ROWS) {
+            float chunk[COLS] = {0};
+            for (size_t i = i0; i < min_size(i0 + ROWS, rows); i++)
+#pragma omp simd
+                for (size_t j = 0; j < n; j++) chunk[j] += x[i * cols + j0 + j];
+#pragma omp simd
+            for (size_t j = 0; j < n; j++) sums[j0 + j] += chunk[j];
+        }
+    }
+}
+
 static void multiply(rt_rank *rank, const product *p) {
     const int threads = team(rank, (double)p->M * (double)p->N * (double)p->K / 40);
-    if (((cpu_state *)rank->device)->matmul == VIT_MATMUL_OPENBLAS)
-        multiply_openblas(p, threads);
-    else
+    if (((cpu_state *)rank->device)->matmul == VIT_MATMUL_OWN) {
         multiply_own(rank, p, threads);
+    } else {
+        multiply_openblas(p, threads);
+        if (p->sums) sum_rows(rank, p->sums, p->a.at, p->K, p->M);
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------- linear */
@@ -460,17 +478,23 @@ static void add_bias_then_gelu(const product *p, size_t i0, size_t j0, size_t ro
 #pragma omp simd
         for (size_t j = 0; j < cols; j++) {
             pre[j] += bias[j];
-            y[j] = gelu(pre[j]);
+            float derivative;
+            y[j] = gelu(pre[j], &derivative);
         }
     }
 }
 
+/* ... and y = gelu(pre) once more, which costs little beside its derivative. */
 static void times_gelu_derivative(const product *p, size_t i0, size_t j0, size_t rows, size_t cols) {
     for (size_t i = i0; i < i0 + rows; i++) {
-        float *c = p->c + i * p->N + j0;
+        float *c = p->c + i * p->N + j0, *y = p->y + i * p->N + j0;
         const float *pre = p->pre + i * p->N + j0;
 #pragma omp simd
-        for (size_t j = 0; j < cols; j++) c[j] *= gelu_derivative(pre[j]);
+        for (size_t j = 0; j < cols; j++) {
+            float derivative;
+            y[j] = gelu(pre[j], &derivative);
+            c[j] *= derivative;
+        }
     }
 }
 
@@ -483,44 +507,26 @@ static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, r
     multiply(s->rank, &p);
 }
 
-/* sums [cols] = the sum over the rows of x [rows, cols] */
-static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, size_t cols) {
-    enum { COLS = 512 };
-#pragma omp parallel for num_threads(team(rank, 0.2 * rows * cols)) schedule(static)
-    for (size_t j0 = 0; j0 < cols; j0 += COLS) {
-        const size_t n = min_size(COLS, cols - j0);
-        memset(sums + j0, 0, n * sizeof *sums);
-        for (size_t i0 = 0; i0 < rows; i0 += ROWS) {
-            float chunk[COLS] = {0};
-            for (size_t i = i0; i < min_size(i0 + ROWS, rows); i++)
-#pragma omp simd
-                for (size_t j = 0; j < n; j++) chunk[j] += x[i * cols + j0 + j];
-#pragma omp simd
-            for (size_t j = 0; j < n; j++) sums[j0 + j] += chunk[j];
-        }
-    }
-}
-
-/* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w (times gelu'(pre) where x = gelu(pre)) */
+/* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w; where x = gelu(pre), which that product
+ * computes again, dx is that times gelu'(pre) */
 static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
-    const product weights = {out, in, rows, {dy.data, out, 1}, {x.data, in, 0}, .c = dw.data};
+    const product weights = {
+        out, in, rows, {dy.data, out, 1}, {x.data, in, 0}, .c = dw.data, .sums = db.data};
     product input = {rows, in, out, {dy.data, out, 0}, {w.data, in, 0}, .c = dx.data};
-    if (pre.data) input.pre = pre.data, input.epilogue = times_gelu_derivative;
-    multiply(s->rank, &weights);
-    sum_rows(s->rank, db.data, dy.data, rows, out);
+    if (pre.data) input.pre = pre.data, input.y = x.data, input.epilogue = times_gelu_derivative;
     if (dx.data) multiply(s->rank, &input);
+    multiply(s->rank, &weights);
 }
 
 /* ---------------------------------------------------------------------------------------------- layernorm */
 
 static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block rstd, rt_block x_,
-                              rt_block gamma_, rt_block beta_, size_t rows, size_t dim, size_t x_stride,
-                              double eps) {
+                              rt_block gamma_, rt_block beta_, size_t rows, size_t dim, double eps) {
     const float *gamma = gamma_.data, *beta = beta_.data;
 #pragma omp parallel for num_threads(team(s->rank, 0.4 * rows * dim)) schedule(static)
     for (size_t i = 0; i < rows; i++) {
-        const float *x = floats(x_) + i * x_stride;
+        const float *x = floats(x_) + i * dim;
         float *y = floats(y_) + i * dim, sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t j = 0; j < dim; j++) sum += x[j];
@@ -540,9 +546,9 @@ static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block
  * The rows are cut into up to CHUNKS chunks, whose sums are added in order. */
 static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_block dbeta_,
                                rt_block residual_, rt_block dy_, rt_block x_, rt_block mean, rt_block rstd,
-                               rt_block gamma_, size_t rows, size_t dim, size_t x_stride) {
+                               rt_block gamma_, size_t B, size_t T, size_t Q, size_t dim) {
     enum { CHUNKS = 64 };
-    const size_t chunk = rows < ROWS * CHUNKS ? ROWS : (rows + CHUNKS - 1) / CHUNKS;
+    const size_t rows = B * T, chunk = rows < ROWS * CHUNKS ? ROWS : (rows + CHUNKS - 1) / CHUNKS;
     const float *gamma = gamma_.data;
     float *sums = scratch(s->rank, 2 * dim * (CHUNKS + 1), 0); /* [chunk][dgamma, dbeta][dim], their sum */
     if (!sums) return;
@@ -551,9 +557,9 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
         float *dgamma = sums + i0 / chunk * 2 * dim, *dbeta = dgamma + dim;
         memset(dgamma, 0, 2 * dim * sizeof *dgamma);
         for (size_t i = i0; i < min_size(i0 + chunk, rows); i++) {
-            const float *dy = floats(dy_) + i * dim, *x = floats(x_) + i * x_stride;
+            const float *dy = floats(dy_) + i * dim, *x = floats(x_) + i * dim;
             const float m = floats(mean)[i], r = floats(rstd)[i];
-            float *dx = floats(dx_) + i * x_stride, sum_g = 0, sum_gn = 0;
+            float *dx = floats(dx_) + i * dim, sum_g = 0, sum_gn = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gn)
             for (size_t j = 0; j < dim; j++) {
                 const float n = (x[j] - m) * r, g = dy[j] * gamma[j];
@@ -563,11 +569,13 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
                 dbeta[j] += dy[j];
             }
             const float mean_g = sum_g / (float)dim, mean_gn = sum_gn / (float)dim;
-            const float *residual =
-                residual_.data ? floats(residual_) + i * x_stride : memset(dx, 0, dim * sizeof *dx);
+            if (residual_.data && i % T < Q)
+                memcpy(dx, floats(residual_) + (i / T * Q + i % T) * dim, dim * sizeof *dx);
+            else
+                memset(dx, 0, dim * sizeof *dx);
 #pragma omp simd
             for (size_t j = 0; j < dim; j++)
-                dx[j] = residual[j] + r * (dy[j] * gamma[j] - mean_g - (x[j] - m) * r * mean_gn);
+                dx[j] += r * (dy[j] * gamma[j] - mean_g - (x[j] - m) * r * mean_gn);
         }
     }
     float *total = sums + 2 * dim * CHUNKS;
@@ -579,29 +587,31 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
 /* ---------------------------------------------------------------------------------------------- attention */
 
 /* Each pair of an image and a head is the work of one thread, from start to end in its cache, by the tiles
- * of our own product. Saved are the probabilities p [B, H, T, ld], rows padded to whole vectors with 0. */
+ * of our own product. Saved are the probabilities p [B, H, Q, ld], rows padded to whole vectors with 0. */
 static size_t attention_ld(size_t T) { return round_up(T, VL); }
 
-static size_t attention_saved(size_t B, size_t T, size_t H, size_t hd) { return B * H * T * attention_ld(T); }
+static size_t attention_saved(size_t B, size_t T, size_t Q, size_t H, size_t hd) {
+    return B * H * Q * attention_ld(T);
+}
 
 /* s = q k^T / sqrt(hd), p = softmax(s), out = p v */
 static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_block qkv, size_t B, size_t T,
-                              size_t H, size_t hd) {
+                              size_t Q, size_t H, size_t hd) {
     const size_t D = H * hd, ld = attention_ld(T), each = hd * ld + T * round_up(hd, VL);
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
-#pragma omp parallel for num_threads(team(s->rank, 0.07 * B * T * T * D)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.07 * B * T * Q * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
         const size_t b = pair / H, h = pair % H;
         const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        float *o = floats(out) + b * T * D + h * hd;
+        float *o = floats(out) + b * Q * D + h * hd;
         float *kt_panels = memory + (size_t)omp_get_thread_num() * each, *v_panels = kt_panels + hd * ld;
         pack_panels(kt_panels, (matrix){k, 3 * D, 1}, hd, T, 0, 1);
         pack_panels(v_panels, (matrix){v, 3 * D, 0}, T, hd, 0, 1);
-        for (size_t i = 0; i < T; i += MR) {
-            const size_t rows = min_size(MR, T - i);
-            float *p = floats(saved) + (pair * T + i) * ld;
+        for (size_t i = 0; i < Q; i += MR) {
+            const size_t rows = min_size(MR, Q - i);
+            float *p = floats(saved) + (pair * Q + i) * ld;
             multiply_panels(p, ld, (matrix){q + i * 3 * D, 3 * D, 0}, 0, kt_panels, rows, ld, hd, 0);
             for (size_t r = 0; r < rows; r++) softmax(p + r * ld, T, scale);
             multiply_panels(o + i * D, D, (matrix){p, ld, 0}, 0, v_panels, rows, hd, T, 0);
@@ -613,26 +623,27 @@ static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_blo
  * p = softmax(s):        ds = p (dp - sum over the row of p dp)
  * s = q k^T / sqrt(hd):  dq = ds k / sqrt(hd), dk = ds^T q / sqrt(hd) */
 static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_block qkv, rt_block out,
-                               rt_block saved, size_t B, size_t T, size_t H, size_t hd) {
+                               rt_block saved, size_t B, size_t T, size_t Q, size_t H, size_t hd) {
     const size_t D = H * hd, ld = attention_ld(T), panels = T * round_up(hd, VL);
-    const size_t each = T * ld + hd * ld + 3 * panels;
+    const size_t each = Q * ld + hd * ld + 3 * panels;
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
-#pragma omp parallel for num_threads(team(s->rank, 0.14 * B * T * T * D)) schedule(static)
+#pragma omp parallel for num_threads(team(s->rank, 0.14 * B * T * Q * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
         const size_t b = pair / H, h = pair % H;
         const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        const float *d_o = floats(dout) + b * T * D + h * hd, *p = floats(saved) + pair * T * ld;
+        const float *d_o = floats(dout) + b * Q * D + h * hd, *p = floats(saved) + pair * Q * ld;
         float *dq = floats(dqkv) + b * T * 3 * D + h * hd, *dk = dq + D, *dv = dk + D;
-        float *ds = memory + (size_t)omp_get_thread_num() * each, *vt_panels = ds + T * ld;
+        float *ds = memory + (size_t)omp_get_thread_num() * each, *vt_panels = ds + Q * ld;
         float *k_panels = vt_panels + hd * ld, *q_panels = k_panels + panels, *do_panels = q_panels + panels;
         pack_panels(vt_panels, (matrix){v, 3 * D, 1}, hd, T, 0, 1);
         pack_panels(k_panels, (matrix){k, 3 * D, 0}, T, hd, 0, 1);
-        pack_panels(q_panels, (matrix){q, 3 * D, 0}, T, hd, 0, 1);
-        pack_panels(do_panels, (matrix){d_o, D, 0}, T, hd, 0, 1);
-        for (size_t i = 0; i < T; i += MR) {
-            const size_t rows = min_size(MR, T - i);
+        pack_panels(q_panels, (matrix){q, 3 * D, 0}, Q, hd, 0, 1);
+        pack_panels(do_panels, (matrix){d_o, D, 0}, Q, hd, 0, 1);
+        for (size_t i = Q; i < T; i++) memset(dq + i * 3 * D, 0, hd * sizeof *dq);
+        for (size_t i = 0; i < Q; i += MR) {
+            const size_t rows = min_size(MR, Q - i);
             multiply_panels(ds + i * ld, ld, (matrix){d_o + i * D, D, 0}, 0, vt_panels, rows, ld, hd,
                             0); /* dp */
             for (size_t r = i; r < i + rows; r++) {
@@ -645,22 +656,23 @@ static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_bl
             }
             multiply_panels(dq + i * 3 * D, 3 * D, (matrix){ds + i * ld, ld, 0}, 0, k_panels, rows, hd, T, 0);
         }
-        multiply_panels(dv, 3 * D, (matrix){p, ld, 1}, 1, do_panels, T, hd, T, 0);
-        multiply_panels(dk, 3 * D, (matrix){ds, ld, 1}, 1, q_panels, T, hd, T, 0);
+        multiply_panels(dv, 3 * D, (matrix){p, ld, 1}, 1, do_panels, T, hd, Q, 0);
+        multiply_panels(dk, 3 * D, (matrix){ds, ld, 1}, 1, q_panels, T, hd, Q, 0);
     }
 }
 
 /* --------------------------------------------------------------------------------------- the other layers */
 
 static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
-                             size_t count, double rate, uint64_t salt) {
+                             size_t count, size_t x_stride, double rate, uint64_t salt) {
     const size_t blocks = (count + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(team(s->rank, 0.3 * B * count)) schedule(static)
     for (size_t block = 0; block < B * blocks; block++) {
         const size_t b = block / blocks, i0 = block % blocks * BLOCK, at = b * count + i0;
         const size_t n = min_size(BLOCK, count - i0);
         const double factor = rate > 0 ? vit_drop_path_factor(((uint64_t *)keys.data)[b], salt, rate) : 1;
-        const float *from = floats(branch) + at, *input = x.data ? floats(x) + at : NULL, k = (float)factor;
+        const float *from = floats(branch) + at, *input = x.data ? floats(x) + b * x_stride + i0 : NULL;
+        const float k = (float)factor;
         float *to = floats(out) + at;
         if (input) {
 #pragma omp simd
@@ -675,7 +687,7 @@ static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block br
 /* out = x + k_b branch:  dbranch = k_b dout, which is the same without an x */
 static void residual_backward(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                               size_t count, double rate, uint64_t salt) {
-    residual_forward(s, dbranch, (rt_block){0}, dout, keys, B, count, rate, salt);
+    residual_forward(s, dbranch, (rt_block){0}, dout, keys, B, count, 0, rate, salt);
 }
 
 static void patchify_forward(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,

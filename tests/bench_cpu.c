@@ -1,6 +1,6 @@
 /* bench_cpu.c - how fast the operations of vit_cpu.c are, as fractions of what this machine can do. No test.
  *
- *     ./bench_cpu [threads [shape]]         shape: Ti/16, S/16, B/32 or CIFAR-10
+ *     ./bench_cpu [threads [shape]]         shape: Ti/16, S/16, B/32, B/16 or CIFAR-10
  *
  * Every line is the median of ROUNDS rounds. In a round each side (own product, OpenBLAS) has its turn, and
  * just before and after each turn a probe measures the limit with as many threads: multiply-adds on registers
@@ -8,7 +8,7 @@
  * speed of a machine wavers; GFLOP/s and GB/s do only on a quiet one. Operands that fit into a cache stay
  * there from one repetition to the next, which is why light operations exceed the triad.
  */
-#define RUNTIME_IMPLEMENTATION
+#define VIT_IMPLEMENTATION
 #include "vit.h"
 
 #ifdef _OPENMP
@@ -32,7 +32,7 @@ typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 #endif
 
 typedef struct {
-    const char *name;
+    const char *name, *model; /* of timm, for the whole step; or NULL */
     size_t B, T, D, H;
 } shape;
 
@@ -41,6 +41,10 @@ typedef struct {
     rt_stream *stream;
     shape shape;
     rt_block x, y, pre, dx, w, dw, vector, qkv, saved, counters, scalars, triad[3];
+    vit_replica vit; /* for the whole step, with AdamW's state */
+    rt_block exp_avg, exp_avg_sq;
+    float *images;
+    int32_t *labels;
 } bench;
 
 /* ------------------------------------------------------------------------------------------------- probes */
@@ -156,22 +160,23 @@ static void linear_dw_dx_gelu(bench *b, size_t in, size_t out) {
                             out);
 }
 static void attention(bench *b, size_t in, size_t out) {
-    vit_cpu.attention_forward(b->stream, b->y, b->saved, b->qkv, b->shape.B, b->shape.T, in, out);
+    const shape *s = &b->shape;
+    vit_cpu.attention_forward(b->stream, b->y, b->saved, b->qkv, s->B, s->T, s->T, in, out);
 }
 static void attention_dqkv(bench *b, size_t in, size_t out) {
-    vit_cpu.attention_backward(b->stream, b->dx, b->y, b->qkv, b->y, b->saved, b->shape.B, b->shape.T, in,
-                               out);
+    const shape *s = &b->shape;
+    vit_cpu.attention_backward(b->stream, b->dx, b->y, b->qkv, b->y, b->saved, s->B, s->T, s->T, in, out);
 }
 static void layernorm(bench *b, size_t in, size_t out) {
     vit_cpu.layernorm_forward(b->stream, b->y, b->saved, rt_slice(b->saved, out, out), b->x, b->vector,
-                              b->vector, out, in, in, 1e-6);
+                              b->vector, out, in, 1e-6);
 }
 static void layernorm_dx(bench *b, size_t in, size_t out) {
-    vit_cpu.layernorm_backward(b->stream, b->dx, b->dw, rt_slice(b->dw, in, in), b->dx, b->y, b->x, b->saved,
-                               rt_slice(b->saved, out, out), b->vector, out, in, in);
+    vit_cpu.layernorm_backward(b->stream, b->dx, b->dw, rt_slice(b->dw, in, in), b->qkv, b->y, b->x, b->saved,
+                               rt_slice(b->saved, out, out), b->vector, 1, out, out, in);
 }
 static void residual(bench *b, size_t in, size_t out) {
-    vit_cpu.residual_forward(b->stream, b->y, b->y, b->x, none, b->shape.B, in * out / b->shape.B, 0, 0);
+    vit_cpu.residual_forward(b->stream, b->y, b->y, b->x, none, 1, in * out, 0, 0, 0);
 }
 static void adamw(bench *b, size_t in, size_t out) {
     const vit_adamw_options o = {0.9, 0.999, 1e-8, 0.05};
@@ -182,19 +187,68 @@ static void norm(bench *b, size_t in, size_t out) {
     vit_cpu.sum_of_squares(b->stream, b->counters, rt_slice(b->x, 0, in * out));
 }
 
+/* A training step of one rank: forward, backward, norm, AdamW. */
+static void step(bench *b, size_t in, size_t out) {
+    const vit_adamw_options o = {0.9, 0.999, 1e-8, 0.05};
+    const vit_context *c = &b->vit.context;
+    (void)in, (void)out;
+    vit_forward(&b->vit, b->images, b->labels);
+    vit_backward(&b->vit);
+    vit_fill_zero(c, b->counters);
+    vit_sum_of_squares(c, b->counters, b->vit.gradients);
+    vit_gradient_factor(c, b->scalars, b->counters, 1, 1);
+    vit_adamw(c, b->vit.parameters, b->exp_avg, b->exp_avg_sq, b->vit.gradients, b->scalars, 0, 1, &o);
+}
+
+/* Products and attention alone: a forward pass, and twice that for backward, which needs no gradient of the
+ * images. The last block does for one token what the others do for all. */
+static double step_flops(const vit_model *m, double B) {
+    double T = (double)m->T, D = (double)m->D, F = (double)m->F, embedding, forward;
+    forward = embedding = 2 * B * (double)(m->N * m->C * m->P * m->P) * D;
+    for (size_t u = 1; u + 1 < m->units; u++) {
+        double Q = (double)m->unit[u].tokens;
+        forward += 2 * B * D * (3 * T * D + Q * (D + 2 * F + 2 * T));
+    }
+    forward += 2 * B * D * (double)m->V;
+    return 3 * forward - embedding;
+}
+
+static int bench_step(bench *b, shape s) {
+    vit_config config;
+    error_text e;
+    if (vit_config_named(&config, s.model, &e) || vit_open(&b->vit, &config, &vit_cpu, RT_FP32, s.B, &e))
+        return fprintf(stderr, "%s\n", e.text), -1;
+    rt_rank *rank = &b->vit.world.ranks[0];
+    const vit_model *m = &b->vit.model;
+    const size_t pixels = s.B * m->C * config.image_height * config.image_width;
+    rank->threads = b->world.ranks[0].threads;
+    b->exp_avg = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, b->vit.parameters.count, 1);
+    b->exp_avg_sq = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, b->vit.parameters.count, 1);
+    b->images = malloc(pixels * sizeof *b->images);
+    b->labels = calloc(s.B, sizeof *b->labels);
+    for (size_t i = 0; i < pixels; i++) b->images[i] = (float)random_normal(1, i);
+    line(b, "training step", step, 0, 0, step_flops(m, (double)s.B), 0, 0);
+    free(b->images);
+    free(b->labels);
+    rt_free(rank, RT_OPTIMIZER, &b->exp_avg);
+    rt_free(rank, RT_OPTIMIZER, &b->exp_avg_sq);
+    vit_close(&b->vit);
+    return 0;
+}
+
 static rt_block random_block(bench *b, size_t count, float scale) {
     rt_block x = rt_alloc(&b->world.ranks[0], RT_WORKSPACE, RT_FP32, count, 1);
     for (size_t i = 0; i < count; i++) ((float *)x.data)[i] = scale * (float)random_normal(count, i);
     return x;
 }
 
-static void bench_shape(bench *b, shape s) {
+static int bench_shape(bench *b, shape s) {
     rt_rank *rank = &b->world.ranks[0];
     const size_t D = s.D, rows = s.B * s.T, hd = D / s.H, parameters = 12 * D * D;
     const double n = (double)rows, d = (double)D, t = (double)s.T;
     const size_t most = rows * 4 * D > parameters ? rows * 4 * D : parameters;
     rt_block *const blocks[] = {&b->x, &b->y, &b->pre, &b->dx, &b->w, &b->dw, &b->vector, &b->qkv, &b->saved};
-    const size_t saved = vit_cpu.attention_saved(s.B, s.T, s.H, hd);
+    const size_t saved = vit_cpu.attention_saved(s.B, s.T, s.T, s.H, hd);
     const size_t counts[] = {most,  most,         most,
                              most,  parameters,   parameters,
                              4 * D, rows * 3 * D, saved > 2 * rows ? saved : 2 * rows};
@@ -222,13 +276,15 @@ static void bench_shape(bench *b, shape s) {
     line(b, "AdamW", adamw, 12, D * D, 0, 28.0 * 12 * d * d, 0);
     line(b, "sum of squares", norm, 12, D * D, 0, 4.0 * 12 * d * d, 0);
     for (size_t i = 0; i < 9; i++) rt_free(rank, RT_WORKSPACE, blocks[i]);
+    return s.model ? bench_step(b, s) : 0;
 }
 
 int main(int argc, char **argv) {
-    static const shape shapes[] = {{"Ti/16", 8, 197, 192, 3},
-                                   {"S/16", 8, 197, 384, 6},
-                                   {"B/32", 16, 50, 768, 12},
-                                   {"CIFAR-10", 64, 65, 64, 4}};
+    static const shape shapes[] = {{"Ti/16", "vit_tiny_patch16_224", 8, 197, 192, 3},
+                                   {"S/16", "vit_small_patch16_224", 8, 197, 384, 6},
+                                   {"B/32", "vit_base_patch32_224", 16, 50, 768, 12},
+                                   {"B/16", "vit_base_patch16_224", 4, 197, 768, 12},
+                                   {"CIFAR-10", NULL, 64, 65, 64, 4}};
     const char *only = argc > 2 ? argv[2] : NULL;
     bench b = {0};
     error_text e;
@@ -245,7 +301,11 @@ int main(int argc, char **argv) {
            1e-9 * triad_peak(&b, b.world.ranks[0].threads));
     int known = 0;
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        if (!only || !strcmp(only, shapes[i].name)) bench_shape(&b, shapes[i]), known = 1;
+        if (!only || !strcmp(only, shapes[i].name)) {
+            if (bench_shape(&b, shapes[i])) return 1;
+            known = 1;
+        }
     return known ? 0
-                 : (fprintf(stderr, "unknown shape %s, expected Ti/16, S/16, B/32 or CIFAR-10\n", only), 2);
+                 : (fprintf(stderr, "unknown shape %s, expected Ti/16, S/16, B/32, B/16 or CIFAR-10\n", only),
+                    2);
 }

@@ -99,9 +99,10 @@ static void NAIVE_OP(linear_backward)(rt_stream *s, rt_block dx_, rt_block dw_, 
                                       rt_block x_, rt_block w_, rt_block pre_, size_t rows, size_t in,
                                       size_t out) {
     (void)s;
-    REAL *dx = dx_.data, *dw = dw_.data, *db = db_.data;
-    const REAL *dy = dy_.data, *x = x_.data, *w = w_.data, *pre = pre_.data;
+    REAL *dx = dx_.data, *dw = dw_.data, *db = db_.data, *x = x_.data;
+    const REAL *dy = dy_.data, *w = w_.data, *pre = pre_.data;
     /* y = sum over i of x[i] * w[i] + b; before it x = gelu(pre) */
+    for (size_t i = 0; pre && i < rows * in; i++) x[i] = naive_gelu(pre[i]);
     for (size_t r = 0; dx && r < rows; r++) {
         for (size_t i = 0; i < in; i++) {
             REAL sum = 0;
@@ -125,13 +126,13 @@ static void NAIVE_OP(linear_backward)(rt_stream *s, rt_block dx_, rt_block dw_, 
 
 static void NAIVE_OP(layernorm_forward)(rt_stream *s, rt_block y_, rt_block mean_, rt_block rstd_,
                                         rt_block x_, rt_block gamma_, rt_block beta_, size_t rows, size_t dim,
-                                        size_t x_stride, double eps) {
+                                        double eps) {
     (void)s;
     REAL *mean = mean_.data, *rstd = rstd_.data;
     const REAL *gamma = gamma_.data, *beta = beta_.data;
     for (size_t r = 0; r < rows; r++) {
         REAL *y = (REAL *)y_.data + r * dim;
-        const REAL *x = (const REAL *)x_.data + r * x_stride;
+        const REAL *x = (const REAL *)x_.data + r * dim;
         REAL sum = 0, squares = 0;
         for (size_t i = 0; i < dim; i++) sum += x[i];
         mean[r] = sum / dim;
@@ -143,16 +144,17 @@ static void NAIVE_OP(layernorm_forward)(rt_stream *s, rt_block y_, rt_block mean
 
 static void NAIVE_OP(layernorm_backward)(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_block dbeta_,
                                          rt_block residual_, rt_block dy_, rt_block x_, rt_block mean_,
-                                         rt_block rstd_, rt_block gamma_, size_t rows, size_t dim,
-                                         size_t x_stride) {
+                                         rt_block rstd_, rt_block gamma_, size_t B, size_t T, size_t Q,
+                                         size_t dim) {
     (void)s;
     REAL *dgamma = dgamma_.data, *dbeta = dbeta_.data;
     const REAL *mean = mean_.data, *rstd = rstd_.data, *gamma = gamma_.data;
     for (size_t i = 0; i < dim; i++) dgamma[i] = dbeta[i] = 0;
-    for (size_t r = 0; r < rows; r++) {
-        REAL *dx = (REAL *)dx_.data + r * x_stride;
-        const REAL *residual = residual_.data ? (const REAL *)residual_.data + r * x_stride : NULL;
-        const REAL *dy = (const REAL *)dy_.data + r * dim, *x = (const REAL *)x_.data + r * x_stride;
+    for (size_t r = 0; r < B * T; r++) {
+        REAL *dx = (REAL *)dx_.data + r * dim;
+        const REAL *residual =
+            residual_.data && r % T < Q ? (const REAL *)residual_.data + (r / T * Q + r % T) * dim : NULL;
+        const REAL *dy = (const REAL *)dy_.data + r * dim, *x = (const REAL *)x_.data + r * dim;
         REAL sum = 0, product = 0;
         for (size_t i = 0; i < dim; i++) {
             /* y = normal * gamma + beta */
@@ -173,23 +175,23 @@ static void NAIVE_OP(layernorm_backward)(rt_stream *s, rt_block dx_, rt_block dg
 
 /* ---------------------------------------------------------------------------------------------- attention */
 
-/* The probabilities [B, H, T, T]. */
-static size_t NAIVE_OP(attention_saved)(size_t B, size_t T, size_t H, size_t head_dim) {
+/* The probabilities [B, H, Q, T]. */
+static size_t NAIVE_OP(attention_saved)(size_t B, size_t T, size_t Q, size_t H, size_t head_dim) {
     (void)head_dim;
-    return B * H * T * T;
+    return B * H * Q * T;
 }
 
 static void NAIVE_OP(attention_forward)(rt_stream *s, rt_block out_, rt_block saved_, rt_block qkv_, size_t B,
-                                        size_t T, size_t H, size_t head_dim) {
+                                        size_t T, size_t Q, size_t H, size_t head_dim) {
     (void)s;
     size_t D = H * head_dim;
     double scale = 1 / sqrt(head_dim);
     for (size_t b = 0; b < B; b++) {
         for (size_t h = 0; h < H; h++) {
             const REAL *q = (const REAL *)qkv_.data + b * T * 3 * D + h * head_dim, *k = q + D, *v = k + D;
-            REAL *out = (REAL *)out_.data + b * T * D + h * head_dim;
-            for (size_t t = 0; t < T; t++) {
-                REAL *p = (REAL *)saved_.data + ((b * H + h) * T + t) * T, largest = -INFINITY, sum = 0;
+            REAL *out = (REAL *)out_.data + b * Q * D + h * head_dim;
+            for (size_t t = 0; t < Q; t++) {
+                REAL *p = (REAL *)saved_.data + ((b * H + h) * Q + t) * T, largest = -INFINITY, sum = 0;
                 for (size_t u = 0; u < T; u++) {
                     REAL dot = 0;
                     for (size_t i = 0; i < head_dim; i++) dot += q[t * 3 * D + i] * k[u * 3 * D + i];
@@ -209,8 +211,8 @@ static void NAIVE_OP(attention_forward)(rt_stream *s, rt_block out_, rt_block sa
 }
 
 static void NAIVE_OP(attention_backward)(rt_stream *s, rt_block dqkv_, rt_block dout_, rt_block qkv_,
-                                         rt_block out_, rt_block saved_, size_t B, size_t T, size_t H,
-                                         size_t head_dim) {
+                                         rt_block out_, rt_block saved_, size_t B, size_t T, size_t Q,
+                                         size_t H, size_t head_dim) {
     (void)s;
     size_t D = H * head_dim;
     double scale = 1 / sqrt(head_dim);
@@ -219,10 +221,10 @@ static void NAIVE_OP(attention_backward)(rt_stream *s, rt_block dqkv_, rt_block 
         for (size_t h = 0; h < H; h++) {
             const REAL *q = (const REAL *)qkv_.data + b * T * 3 * D + h * head_dim, *k = q + D, *v = k + D;
             REAL *dq = (REAL *)dqkv_.data + b * T * 3 * D + h * head_dim, *dk = dq + D, *dv = dk + D;
-            const REAL *out = (const REAL *)out_.data + b * T * D + h * head_dim;
-            const REAL *dout = (const REAL *)dout_.data + b * T * D + h * head_dim;
-            for (size_t t = 0; t < T; t++) {
-                const REAL *p = (const REAL *)saved_.data + ((b * H + h) * T + t) * T;
+            const REAL *out = (const REAL *)out_.data + b * Q * D + h * head_dim;
+            const REAL *dout = (const REAL *)dout_.data + b * Q * D + h * head_dim;
+            for (size_t t = 0; t < Q; t++) {
+                const REAL *p = (const REAL *)saved_.data + ((b * H + h) * Q + t) * T;
                 /* p = softmax(score): dscore[u] = p[u] * (dp[u] - sum over w of p[w] * dp[w]), and that sum
                  * is dout * out, as out = sum over w of p[w] * v[w] */
                 REAL mean_dp = 0;
@@ -249,13 +251,15 @@ static void NAIVE_OP(attention_backward)(rt_stream *s, rt_block dqkv_, rt_block 
 /* ----------------------------------------------------------------------------------------------- residual */
 
 static void NAIVE_OP(residual_forward)(rt_stream *s, rt_block out_, rt_block x_, rt_block branch_,
-                                       rt_block keys, size_t B, size_t count, double rate, uint64_t salt) {
+                                       rt_block keys, size_t B, size_t count, size_t x_stride, double rate,
+                                       uint64_t salt) {
     (void)s;
     REAL *out = out_.data;
     const REAL *x = x_.data, *branch = branch_.data;
     for (size_t b = 0; b < B; b++) {
         double factor = naive_branch_factor(keys, b, rate, salt);
-        for (size_t i = b * count; i < (b + 1) * count; i++) out[i] = x[i] + factor * branch[i];
+        for (size_t i = 0; i < count; i++)
+            out[b * count + i] = x[b * x_stride + i] + factor * branch[b * count + i];
     }
 }
 

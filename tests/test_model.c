@@ -876,7 +876,7 @@ static void impossible_batches_are_refused(void **state) {
     error_text e;
     vit_config least = {"", 1, 1, 1, 1, 1, 1, 1, 1, 1, 1e-6, 0, 0, 0};
     assert_int_equal(vit_model_init(&m, &least, RT_FP32, &e), 0);
-    for (size_t u = 0; u < m.units; u++)
+    for (size_t u = 1; u < m.units; u++) /* the embedding saves nothing */
         assert_true(vit_unit_saved_bytes(&m, &vit_cpu, &m.unit[u], SIZE_MAX / 4) > SIZE_MAX / 4);
     assert_true(vit_workspace_bytes(&m, SIZE_MAX / 4) > SIZE_MAX / 4);
     vit_model_free(&m);
