@@ -53,7 +53,7 @@ build/plain/train build/asan/train build/tsan/train: build/%/train: train.c buil
 	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o -o $@ $($*_LIBS)
 
 train: build/plain/train
-	@cp $< $@
+	@cp --remove-destination $< $@
 
 demo:
 	@scripts/install.sh build

@@ -137,6 +137,7 @@ typedef struct dist_options {
     vit_sgd_options sgd;
     double gradient_clipping; /* 0: off */
     double layer_decay; /* unit u learns at layer_decay^(units - 1 - u) times the rate; 0 and 1: all alike */
+    int inference;      /* dist_forward alone: no gradients, no optimizer state, no micro-batches */
     size_t counts;      /* dist_sum will be asked for so many numbers at most */
 } dist_options;
 
@@ -897,6 +898,7 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     if (!d->offset || !d->shard) return rt_fail(rank, "rank %d: out of memory", rank->rank);
     for (size_t u = 0; u < n; u++)
         d->offset[u + 1] = d->offset[u] + (model->unit[u].count + unit - 1) / unit * unit;
+    if (options->inference) d->first_trained = n;
     while (d->first_trained < n && model->unit[d->first_trained].trainable == 0) d->first_trained++;
     if (d->strategy->open(d, e)) return -1;
     for (size_t u = 0; u < n; u++)
@@ -907,7 +909,8 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     d->scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
     d->counts = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, options->counts, 1);
-    if (rt_failed(rank) || vit_activations_init(&d->activations, rank, d->device, model, options->batch_size))
+    if (rt_failed(rank) || vit_activations_init(&d->activations, rank, d->device, model, options->batch_size,
+                                                options->inference))
         return -1;
     d->context = (vit_context){.rank = rank,
                                .stream = RT_COMPUTE,

@@ -201,6 +201,8 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     if (o->gradient_reduction < 0) o->gradient_reduction = CHOICE_REDUCTION_LAST;
     if (o->learning_rate != o->learning_rate) o->learning_rate = recipes[kind].learning_rate;
     if (o->batch_size == SIZE_MAX) o->batch_size = n < 64 ? 64 / n : 1;
+    if (r->command == COMMAND_PREDICT && !given(r, &o->batch_size)) /* no more blanks than need be */
+        o->batch_size = o->state.argument_count < 16 ? o->state.argument_count : 16;
     o->dataset = CHOICE_DATASET_DIGITS + (int)kind;
     snprintf(o->model, sizeof o->model, "%s", c->name);
     o->image_size = (option_extent){c->image_height, c->image_width};
@@ -874,6 +876,7 @@ static int rank_body(rt_rank *rank, void *argument) {
                       .sgd = {o->momentum, o->weight_decay},
                       .gradient_clipping = o->gradient_clipping,
                       .layer_decay = o->layer_decay,
+                      .inference = r->command != COMMAND_TRAIN,
                       .counts = counts > totals ? counts : totals};
     t.order = calloc(r->train.count + 1, sizeof *t.order);
     t.logits = calloc(B, V * sizeof *t.logits);

@@ -288,9 +288,11 @@ size_t vit_workspace_bytes(const vit_model *model, size_t B);
 
 /* -------------------------------------------------------------------------------------------- activations */
 
-/* The activations of one micro-batch of B images: what forward leaves for backward, and the batch itself. */
+/* The activations of one micro-batch of B images: what forward leaves for backward, and the batch itself. For
+ * inference, without a backward to follow, two outputs in turn and one `saved` serve all units. */
 typedef struct vit_activations {
     size_t B;
+    int inference;
     vit_batch batch;
     rt_block *out;        /* [units] output of each unit */
     rt_block *saved;      /* [units] */
@@ -300,7 +302,7 @@ typedef struct vit_activations {
 } vit_activations;
 
 int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *device, const vit_model *model,
-                         size_t B);
+                         size_t B, int inference);
 void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *model);
 
 /* -------------------------------------------------------------------------------------------- one replica */
@@ -1013,10 +1015,17 @@ void vit_model_free(vit_model *m) {
 
 /* -------------------------------------------------------------------------------------------- activations */
 
+/* Whether unit u's output lies where that of unit u - 2 lay. The head's is of another shape. */
+static int vit__reuses_output(const vit_activations *a, const vit_model *m, size_t u) {
+    return a->inference && u >= 2 && u + 1 < m->units;
+}
+
 int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *device, const vit_model *m,
-                         size_t B) {
-    *a = (vit_activations){
-        .B = B, .out = calloc(m->units, sizeof(rt_block)), .saved = calloc(m->units, sizeof(rt_block))};
+                         size_t B, int inference) {
+    *a = (vit_activations){.B = B,
+                           .inference = inference,
+                           .out = calloc(m->units, sizeof(rt_block)),
+                           .saved = calloc(m->units, sizeof(rt_block))};
     if (!a->out || !a->saved) {
         free(a->out);
         free(a->saved);
@@ -1028,12 +1037,19 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
     a->batch.images = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, pixels, 1), 1);
     a->batch.labels = rt_alloc(rank, RT_ACTIVATIONS, RT_I32, B, 1);
     a->batch.sample_keys = rt_alloc(rank, RT_ACTIVATIONS, RT_U64, B, 1);
-    for (size_t u = 0; u < m->units && !rt_failed(rank); u++) {
+    size_t most = 0; /* bytes that the neediest unit saves */
+    for (size_t u = 0; u < m->units; u++) {
         size_t bytes = vit_unit_saved_bytes(m, device, &m->unit[u], B);
-        a->out[u] = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit_unit_output(m, &m->unit[u], B), 1);
-        a->saved[u] = rt_alloc(rank, RT_ACTIVATIONS, RT_U8, bytes, 1);
+        if (most < bytes) most = bytes;
     }
-    for (int i = 0; i < 2; i++)
+    for (size_t u = 0; u < m->units && !rt_failed(rank); u++) {
+        size_t count = vit_unit_output(m, &m->unit[u], B);
+        size_t bytes = inference ? most : vit_unit_saved_bytes(m, device, &m->unit[u], B);
+        a->out[u] = vit__reuses_output(a, m, u) ? rt_slice(a->out[u - 2], 0, count)
+                                                : rt_alloc(rank, RT_ACTIVATIONS, m->type, count, 1);
+        a->saved[u] = inference && u ? a->saved[0] : rt_alloc(rank, RT_ACTIVATIONS, RT_U8, bytes, 1);
+    }
+    for (int i = 0; i < 2 && !inference; i++)
         a->gradient[i] = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, m->T, m->D), 1);
     a->losses = rt_alloc(rank, RT_ACTIVATIONS, vit__statistic(m), B, 1);
     a->workspace = rt_alloc(rank, RT_WORKSPACE, RT_U8, vit_workspace_bytes(m, B), 1);
@@ -1042,8 +1058,8 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
 
 void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *m) {
     for (size_t u = 0; u < m->units; u++) {
-        if (a->out) rt_free(rank, RT_ACTIVATIONS, &a->out[u]);
-        if (a->saved) rt_free(rank, RT_ACTIVATIONS, &a->saved[u]);
+        if (a->out && !vit__reuses_output(a, m, u)) rt_free(rank, RT_ACTIVATIONS, &a->out[u]);
+        if (a->saved && !(a->inference && u)) rt_free(rank, RT_ACTIVATIONS, &a->saved[u]);
     }
     rt_block *blocks[] = {&a->batch.images, &a->batch.labels, &a->batch.sample_keys,
                           &a->gradient[0],  &a->gradient[1],  &a->losses};
@@ -1074,7 +1090,7 @@ static int vit__open(vit_replica *vit, const vit_config *config, const vit_devic
     for (size_t u = 0; u < m->units; u++) vit->offset[u + 1] = vit->offset[u] + m->unit[u].count;
     vit->parameters = rt_alloc(rank, RT_PARAMETERS, type, vit->offset[m->units], 1);
     vit->gradients = rt_alloc(rank, RT_GRADIENTS, type, vit->offset[m->units], 1);
-    if (rt_failed(rank) || vit_activations_init(&vit->activations, rank, device, m, B))
+    if (rt_failed(rank) || vit_activations_init(&vit->activations, rank, device, m, B, 0))
         return error_set(e, "%s", vit->world.error.text);
     vit->context = (vit_context){.rank = rank,
                                  .stream = RT_COMPUTE,
