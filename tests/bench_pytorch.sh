@@ -7,9 +7,7 @@ if [ -z "${PYTORCH_VENV:-}" ] && ! "$venv/bin/python" -c "import timm" 2>/dev/nu
     echo "installing the newest torch and timm in $venv"
     mkdir -p build
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --index-url https://download.pytorch.org/whl/cpu \
-        --extra-index-url https://pypi.org/simple torch
-    "$venv/bin/pip" install --quiet timm
+    "$venv/bin/pip" install --quiet torch timm
 fi
 "$venv/bin/python" -c 'import timm, torch; print(f"torch {torch.__version__}, timm {timm.__version__}")'
 exec "$venv/bin/python" tests/bench_pytorch.py "$@"
