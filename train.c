@@ -807,7 +807,10 @@ static int write_config(trainer *t) {
     cJSON_AddStringToObject(about, "host", host.nodename);
     cJSON_AddStringToObject(about, "devices", t->d.device->name);
     cJSON_AddStringToObject(about, "libraries",
-                            "cJSON, zlib"
+                            "cJSON, zlib, stb_image"
+#ifdef HAVE_JPEG
+                            ", libjpeg-turbo"
+#endif
 #ifdef HAVE_OPENBLAS
                             ", OpenBLAS"
 #endif

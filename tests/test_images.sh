@@ -185,6 +185,19 @@ refused "predict without a model" "predict: found no --checkpoint" predict $gold
 refused "predict without images" "predict: found 0 images" predict --checkpoint $golden/hf4
 refused "predict: a missing file" "nowhere.jpg: cannot be" predict --checkpoint $golden/hf4 nowhere.jpg
 
+# ----------------------------------------------------------------------------------------------- sanitizers
+
+export TSAN_OPTIONS=halt_on_error=1
+for flavour in asan tsan; do
+    name="$flavour: two ranks with two workers each"
+    [ -x "$build/$flavour/train" ] || { skip "$name" "$build/$flavour/train is not built"; continue; }
+    # shellcheck disable=SC2086
+    "$build/$flavour/train" --data-path "$work/folder" --output-dir "$work/$flavour" $small --batch-size 2 \
+        --nproc-per-node 2 --num-workers 2 --epochs 2 >"$work/a" 2>"$work/stderr"
+    status=$?
+    verdict "$name" "$([ $status -eq 0 ] && [ ! -s "$work/stderr" ] || head -3 "$work/stderr")"
+done
+
 # ----------------------------------------------------------------------------------------------- real data
 
 if [ -d "${DATA_DIR:-/nowhere}/imagenette-mini" ]; then
