@@ -34,7 +34,8 @@ typedef struct run {
     vit_model model;
     model_source source; /* of --pretrained or --checkpoint */
     int loaded;
-    char (*label_names)[256]; /* [V] what the classes are called, or NULL */
+    char (*label_names)[256]; /* [labels] what a loaded model calls its classes, or NULL */
+    size_t labels;
     model_card card;
     size_t ranks, global_batch, steps_per_epoch, steps;
     dist_hub *hub;
@@ -153,21 +154,32 @@ static int prepare_labels(run *r, dataset *d, error_text *e) {
 
 /* The names of the classes that a loaded model's file has, if it has one for each. */
 static int prepare_label_names(run *r, error_text *e) {
-    size_t count;
-    if (!r->loaded || r->command == COMMAND_TRAIN) return 0; /* training: the data set's */
-    if (model_source_labels(&r->source, &r->label_names, &count, e)) return -1;
-    if (count == r->config.num_classes) return 0;
+    if (!r->loaded) return 0;
+    if (r->config.channels != 1 && r->config.channels != 3)
+        return error_set(e, "%s: found a model of images with %zu channels, expected 1 or 3", r->source.path,
+                         r->config.channels);
+    if (model_source_labels(&r->source, &r->label_names, &r->labels, e)) return -1;
+    if (r->labels == r->config.num_classes) return 0;
     free(r->label_names);
     r->label_names = NULL;
     return 0;
+}
+
+/* A head that is kept for other classes than it was trained on is likely a mistake. */
+static void warn_of_labels(const run *r, const dataset *d) {
+    size_t k = 0;
+    while (k < d->classes && !strcmp(r->label_names[k], d->label_names[k])) k++;
+    if (k < d->classes)
+        fprintf(stderr, "train: warning: class %zu of %s is %s, of the data %s; its head is kept as it is\n",
+                k, r->source.path, r->label_names[k], d->label_names[k]);
 }
 
 /* Loads the data and makes model and data fit each other. */
 static int prepare_data(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
     vit_config *c = &r->config;
-    int small = !*o->model && !r->loaded,
-        training = r->command == COMMAND_TRAIN; /* small: the data set's own */
+    int small = !*o->model && !r->loaded; /* the data set's own model */
+    int training = r->command == COMMAND_TRAIN;
     if (prepare_dataset(r, &r->val, kind, 0, e)) return -1;
     if (training && (prepare_dataset(r, &r->train, kind, 1, e) || dataset_same_shape(&r->train, &r->val, e)))
         return -1;
@@ -179,13 +191,11 @@ static int prepare_data(run *r, dataset_kind kind, error_text *e) {
     if (d->classes > c->num_classes)
         return error_set(e, "%s has %zu classes, more than the model's %zu (--num-classes)",
                          dataset_kind_names[kind], d->classes, c->num_classes);
-    if (c->channels != 1 && c->channels != 3)
-        return error_set(e, "%s has images of %zu channels, the model takes %zu", dataset_kind_names[kind],
-                         d->channels, c->channels);
     if (c->channels == 1 && (o->mean.count == 3 || o->std.count == 3))
         return error_set(e, "--mean, --std: found three numbers, expected one for grey images");
     prepare_normalisation(r, d);
     if (!training && r->label_names && d->files) return prepare_labels(r, &r->val, e);
+    if (training && r->label_names && r->labels == d->classes) warn_of_labels(r, d);
     return 0;
 }
 
