@@ -165,15 +165,6 @@ static int prepare_label_names(run *r, error_text *e) {
     return 0;
 }
 
-/* A head that is kept for other classes than it was trained on is likely a mistake. */
-static void warn_of_labels(const run *r, const dataset *d) {
-    size_t k = 0;
-    while (k < d->classes && !strcmp(r->label_names[k], d->label_names[k])) k++;
-    if (k < d->classes)
-        fprintf(stderr, "train: warning: class %zu of %s is %s, of the data %s; its head is kept as it is\n",
-                k, r->source.path, r->label_names[k], d->label_names[k]);
-}
-
 /* Loads the data and makes model and data fit each other. */
 static int prepare_data(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
@@ -195,7 +186,6 @@ static int prepare_data(run *r, dataset_kind kind, error_text *e) {
         return error_set(e, "--mean, --std: found three numbers, expected one for grey images");
     prepare_normalisation(r, d);
     if (!training && r->label_names && d->files) return prepare_labels(r, &r->val, e);
-    if (training && r->label_names && r->labels == d->classes) warn_of_labels(r, d);
     return 0;
 }
 
@@ -281,6 +271,13 @@ static void show_notes(const run *r) {
     const train_options *o = &r->o;
     const dataset *d = &r->val;
     const sample_format *f = &r->format;
+    size_t k =
+        0; /* classes that a loaded model calls as the data set does; if not all, one is likely wrong */
+    int keeps_head = r->command == COMMAND_TRAIN && r->label_names && r->labels == d->classes;
+    while (keeps_head && k < d->classes && !strcmp(r->label_names[k], d->label_names[k])) k++;
+    if (keeps_head && k < d->classes)
+        fprintf(stderr, "train: warning: class %zu of %s is %s, of the data %s; its head is kept as it is\n",
+                k, r->source.path, r->label_names[k], d->label_names[k]);
     if (o->quiet) return;
     if (*r->source.notes)
         fprintf(stderr, "%s %s: %s\n", *o->checkpoint ? "checkpoint" : "pretrained",
