@@ -65,7 +65,7 @@ demo:
 
 test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST_TEST_SKIP_WAIT)
 define test_rule
-$(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) build/config.mk | build/$(1)/
+$(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) tests/files.h build/config.mk | build/$(1)/
 	$$(CC) $$(test_flags) $$< -o $$@ -lcmocka $$($(1)_LIBS)
 build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard tests/*.h)
 	$$(CC) $$(test_flags) $$< build/$(1)/vit_cpu.o -o $$@ -lcmocka $$($(1)_LIBS)

@@ -28,7 +28,8 @@ typedef struct model_card {
 
 typedef enum { MODEL_TIMM, MODEL_HF } model_format;
 
-static inline double card__crop_pct(const model_card *card) {
+/* The crop_pct in force. */
+static inline double model_card_crop_pct(const model_card *card) {
     return card->transform.crop_pct > 0 ? card->transform.crop_pct : 0.9;
 }
 
@@ -65,7 +66,7 @@ static inline cJSON *card__timm(const vit_config *c, const model_card *card) {
     cJSON_AddItemToObject(cfg, "input_size", cJSON_CreateIntArray(input, 3));
     cJSON_AddTrueToObject(cfg, "fixed_input_size");
     cJSON_AddStringToObject(cfg, "interpolation", card->transform.bilinear ? "bilinear" : "bicubic");
-    cJSON_AddItemToObject(cfg, "crop_pct", json_number(card__crop_pct(card)));
+    cJSON_AddItemToObject(cfg, "crop_pct", json_number(model_card_crop_pct(card)));
     cJSON_AddStringToObject(cfg, "crop_mode", card->transform.squash ? "squash" : "center");
     cJSON_AddItemToObject(cfg, "mean", card__channels(c, card->mean));
     cJSON_AddItemToObject(cfg, "std", card__channels(c, card->std));
@@ -123,7 +124,8 @@ static inline cJSON *card__preprocessor(const vit_config *c, const model_card *c
                             centre ? "CLIPImageProcessor" : "ViTImageProcessor");
     cJSON_AddTrueToObject(root, "do_resize");
     if (centre) {
-        cJSON_AddNumberToObject(size, "shortest_edge", floor((double)c->image_height / card__crop_pct(card)));
+        cJSON_AddNumberToObject(size, "shortest_edge",
+                                floor((double)c->image_height / model_card_crop_pct(card)));
     } else {
         cJSON_AddNumberToObject(size, "height", (double)c->image_height);
         cJSON_AddNumberToObject(size, "width", (double)c->image_width);

@@ -224,11 +224,11 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     r->format.height = c->image_height;
     r->format.width = c->image_width;
     r->format.seed = o->seed;
-    const model_transform *t = &r->source.transform;
-    r->format.crop_pct = t->crop_pct > 0 ? t->crop_pct : 0.9;
-    r->format.filter = t->bilinear ? RESIZE_BILINEAR : RESIZE_BICUBIC;
-    r->format.squash = t->squash;
-    r->card = (model_card){r->format.mean, r->format.std, r->val.label_names, r->val.classes, *t};
+    r->card =
+        (model_card){r->format.mean, r->format.std, r->val.label_names, r->val.classes, r->source.transform};
+    r->format.crop_pct = model_card_crop_pct(&r->card);
+    r->format.filter = r->card.transform.bilinear ? RESIZE_BILINEAR : RESIZE_BICUBIC;
+    r->format.squash = r->card.transform.squash;
     if (o->strategy == CHOICE_STRATEGY_SINGLE && n > 1)
         return error_set(e, "strategy single runs on one rank, found --nproc-per-node %zu; choose dp or ddp",
                          n);
@@ -272,7 +272,7 @@ static void show_notes(const run *r) {
     const dataset *d = &r->val;
     const sample_format *f = &r->format;
     size_t k =
-        0; /* classes that a loaded model calls as the data set does; if not all, one is likely wrong */
+        0; /* classes that a loaded model and the data set call alike; if not all, one is likely wrong */
     int keeps_head = r->command == COMMAND_TRAIN && r->label_names && r->labels == d->classes;
     while (keeps_head && k < d->classes && !strcmp(r->label_names[k], d->label_names[k])) k++;
     if (keeps_head && k < d->classes)
@@ -362,19 +362,22 @@ static size_t validation_index(const trainer *t, size_t k, size_t b) {
     return (k * t->r->o.batch_size + b) * t->r->ranks + (size_t)t->rank->rank;
 }
 
-/* The last batches are filled up with blanks, which do not count. */
+/* What fills up the last batches and does not count. */
+static int draw_blank(const sample_format *f, float *image, int32_t *label, uint64_t *key) {
+    memset(image, 0, f->channels * f->height * f->width * sizeof *image);
+    *label = 0;
+    *key = 0;
+    return 0;
+}
+
 static int draw_validation(const void *context, size_t k, size_t b, float *image, int32_t *label,
                            uint64_t *key, error_text *e) {
     const trainer *t = context;
     const run *r = t->r;
     const sample_format *f = &r->format;
     size_t index = validation_index(t, k, b);
+    if (index >= r->val.count) return draw_blank(f, image, label, key);
     *key = 0;
-    *label = 0;
-    if (index >= r->val.count) {
-        memset(image, 0, f->channels * f->height * f->width * sizeof *image);
-        return 0;
-    }
     *label = r->val.labels[index];
     return dataset_sample(&r->val, f, index, 0, image, e);
 }
@@ -463,12 +466,9 @@ static int draw_argument(const void *context, size_t k, size_t b, float *image_o
     const sample_format *f = &t->r->format;
     size_t i = k * t->r->o.batch_size + b;
     image from;
+    if (i >= state->argument_count) return draw_blank(f, image_out, label, key);
     *key = 0;
     *label = 0;
-    if (i >= state->argument_count) {
-        memset(image_out, 0, f->channels * f->height * f->width * sizeof *image_out);
-        return 0;
-    }
     if (image_read(&from, state->arguments[i], e)) return -1;
     int failed = sample_of_image(&from, f, image_out, e);
     image_free(&from);
@@ -501,11 +501,7 @@ static cJSON *prediction_line(const run *r, const char *file, const float *logit
     }
     if (r->o.logits) {
         list = cJSON_AddArrayToObject(line, "logits");
-        for (size_t i = 0; i < V; i++) {
-            char text[32];
-            snprintf(text, sizeof text, isfinite(logits[i]) ? "%.9g" : "null", (double)logits[i]);
-            cJSON_AddItemToArray(list, cJSON_CreateRaw(text));
-        }
+        for (size_t i = 0; i < V; i++) cJSON_AddItemToArray(list, metrics_number((double)logits[i]));
     }
     return line;
 }
@@ -655,12 +651,11 @@ static int log_step(trainer *t, size_t step, size_t epoch, const dist_result *re
     return log_line(t, line);
 }
 
-/* One epoch, or what is left of the steps; *step counts those that are done. The loader has its batches. */
-static int train_steps(trainer *t, loader *l, size_t *step) {
+/* The steps of an epoch up to `last`; *step counts those that are done. The loader has their batches. */
+static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
     const run *r = t->r;
     const train_options *o = &r->o;
     size_t steps = 0, epoch = t->epoch;
-    size_t last = *step + r->steps_per_epoch < r->steps ? *step + r->steps_per_epoch : r->steps;
     double start = rt_seconds(), data = t->data_s, communication = t->rank->communication_s, loss = 0,
            checkpoints = 0;
     int due = 0; /* a checkpoint, after this step */
@@ -710,13 +705,14 @@ static int train_steps(trainer *t, loader *l, size_t *step) {
     return log_line(t, line);
 }
 
+/* One epoch, or what is left of the steps. */
 static int train_epoch(trainer *t, size_t *step) {
     const run *r = t->r;
-    size_t steps = r->steps - *step < r->steps_per_epoch ? r->steps - *step : r->steps_per_epoch;
+    size_t last = r->steps - *step < r->steps_per_epoch ? r->steps : *step + r->steps_per_epoch;
     loader l;
     sampler_order(r->o.seed, t->epoch, r->train.count, r->o.shuffle, t->order);
-    if (start_loader(t, &l, draw_training, 0, steps * r->o.gradient_accumulation_steps)) return -1;
-    int failed = train_steps(t, &l, step);
+    if (start_loader(t, &l, draw_training, 0, (last - *step) * r->o.gradient_accumulation_steps)) return -1;
+    int failed = train_steps(t, &l, step, last);
     loader_close(&l);
     return failed;
 }

@@ -109,7 +109,8 @@ typedef struct vit_device {
     void (*linear_forward)(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
                            size_t rows, size_t in, size_t out);
     /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w. With pre [rows,
-     * in], of which x was gelu(pre) and need not have been kept: x = gelu(pre), dx = (dy w) * gelu'(pre). */
+     * in], of which x was gelu(pre) and need not have been kept: x = gelu(pre), dx (then not optional) = (dy w)
+     * * gelu'(pre). */
     void (*linear_backward)(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out);
 

@@ -210,7 +210,7 @@ static inline void normalise_channel(const uint8_t *pixels, size_t step, size_t 
 /* out [channels][height][width] of an image of the format's size. Grey is repeated for a model of three
  * channels; for a model of one, colours become grey in place as Pillow makes them (ITU-R 601-2, in 16-bit
  * fixed point). */
-static inline void sample_normalise(const image *from, const sample_format *f, float white, float *out) {
+static inline void sample_normalise(image *from, const sample_format *f, float white, float *out) {
     const size_t count = f->height * f->width, step = from->channels;
     for (size_t i = 0; step == 3 && f->channels == 1 && i < count; i++) {
         uint8_t *p = from->pixels + 3 * i;

@@ -82,10 +82,14 @@ static inline cJSON *metrics_line(const char *event) {
 }
 
 /* A floating-point value; null where it is not finite, which JSON cannot say. */
-static inline void metrics_add(cJSON *line, const char *key, double value) {
+static inline cJSON *metrics_number(double value) {
     char text[32];
     snprintf(text, sizeof text, isfinite(value) ? "%.9g" : "null", value);
-    cJSON_AddRawToObject(line, key, text);
+    return cJSON_CreateRaw(text);
+}
+
+static inline void metrics_add(cJSON *line, const char *key, double value) {
+    cJSON_AddItemToObject(line, key, metrics_number(value));
 }
 
 static inline void metrics_add_count(cJSON *line, const char *key, uint64_t value) {

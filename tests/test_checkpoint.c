@@ -3,7 +3,6 @@
  * Weights follow a formula, and what was written is read back by the safetensors reader as well. timm_tiny
  * was saved by timm (golden/make_golden.py). Bad folders differ from a good one by one fault each. */
 #define _GNU_SOURCE /* nftw */
-#include <ftw.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -14,6 +13,8 @@
 #include "checkpoint.h"
 
 #include <cmocka.h>
+
+#include "tests/files.h"
 
 /* A rectangular image; 44 * (49 / 44) is less than 49 in floating point. */
 static const vit_config odd_config = {.name = "vit_tiny_patch16_224",
@@ -158,14 +159,9 @@ static int enter(void **state) {
     return !getcwd(p->start, sizeof p->start) || !mkdtemp(p->work) || chdir(p->work) ? -1 : 0;
 }
 
-static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw) {
-    (void)st, (void)type, (void)ftw;
-    return remove(path);
-}
-
 static int leave(void **state) {
     place *p = *state;
-    int failed = chdir(p->start) || nftw(p->work, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    int failed = chdir(p->start) || remove_tree(p->work);
     free(p);
     return failed;
 }

@@ -5,6 +5,7 @@
  * oracle that enumerates all of them. Bad files are written by hand, one fault each. Real MNIST and CIFAR-10
  * are read from mnist/ and cifar-10-batches-bin/ under the environment variable DATA_DIR, where it is set.
  */
+#define _GNU_SOURCE /* nftw */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <sys/stat.h>
@@ -12,6 +13,8 @@
 #include "data/dataset.h"
 
 #include <cmocka.h>
+
+#include "tests/files.h"
 
 /* A directory of its own for each test, removed at its end with the files in it. */
 static int make_directory(void **state) {
@@ -22,16 +25,7 @@ static int make_directory(void **state) {
 }
 
 static int remove_directory(void **state) {
-    struct dirent **entries;
-    int count = scandir(*state, &entries, NULL, NULL);
-    for (int i = 0; i < count; i++) {
-        char path[512];
-        snprintf(path, sizeof path, "%s/%s", (char *)*state, entries[i]->d_name);
-        if (entries[i]->d_name[0] != '.') remove(path);
-        free(entries[i]);
-    }
-    free(entries);
-    int failed = remove(*state);
+    int failed = remove_tree(*state);
     free(*state);
     return failed;
 }
@@ -63,16 +57,6 @@ static void remove_file(const char *directory, const char *name) {
 static void assert_empty(const dataset *d) {
     static const dataset empty;
     assert_memory_equal(d, &empty, sizeof empty);
-}
-
-/* Asserts one line that holds each of the fragments; the last one is NULL. */
-static void assert_message(const error_text *e, ...) {
-    va_list fragments;
-    va_start(fragments, e);
-    for (const char *fragment; (fragment = va_arg(fragments, const char *));)
-        if (!strstr(e->text, fragment)) fail_msg("\"%s\" does not say \"%s\"", e->text, fragment);
-    va_end(fragments);
-    assert_null(strchr(e->text, '\n'));
 }
 
 /* ---- digits ---- */

@@ -4,6 +4,7 @@
  * (tests/golden/make_images.py). Bad files are good ones with one fault each. Compiled without HAVE_JPEG, the
  * test takes pixels of JPEGs that are near.
  */
+#define _GNU_SOURCE /* nftw */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <sys/stat.h>
@@ -13,17 +14,9 @@
 
 #include <cmocka.h>
 
-#define GOLDEN "tests/golden/images/"
+#include "tests/files.h"
 
-/* Asserts one line that holds each of the fragments; the last one is NULL. */
-static void assert_message(const error_text *e, ...) {
-    va_list fragments;
-    va_start(fragments, e);
-    for (const char *fragment; (fragment = va_arg(fragments, const char *));)
-        if (!strstr(e->text, fragment)) fail_msg("\"%s\" does not say \"%s\"", e->text, fragment);
-    va_end(fragments);
-    assert_null(strchr(e->text, '\n'));
-}
+#define GOLDEN "tests/golden/images/"
 
 static FILE *open_golden(const char *path) {
     FILE *file = fopen(path, "r");

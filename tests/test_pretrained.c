@@ -4,7 +4,6 @@
  * The models, and what PyTorch computes with them in double, were made by golden/make_pretrained.py. Faulty
  * ones are copies of them with some bytes replaced; in the header of a safetensors file by as many. */
 #define _GNU_SOURCE /* nftw, memmem */
-#include <ftw.h>
 #include <setjmp.h>
 #include <stdarg.h>
 
@@ -13,6 +12,8 @@
 #include "checkpoint.h"
 
 #include <cmocka.h>
+
+#include "tests/files.h"
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 #define HF           "golden/pretrained/"
@@ -34,14 +35,9 @@ static int enter(void **state) {
     return symlink(golden, "golden");
 }
 
-static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw) {
-    (void)st, (void)type, (void)ftw;
-    return remove(path);
-}
-
 static int leave(void **state) {
     place *p = *state;
-    int failed = chdir(p->start) || nftw(p->work, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    int failed = chdir(p->start) || remove_tree(p->work);
     free(p);
     return failed;
 }
