@@ -35,13 +35,13 @@ build/config.mk: scripts/probe.sh | build/
 
 # --------------------------------------------------------------------------------------------- the program
 # Three flavours of everything: plain; asan, with UBSan; tsan. The last two go without OpenMP, whose library
-# is not instrumented.
+# is not instrumented, and fill freed memory of dist.h with NaN (DIST_DEBUG).
 
 LIBS         := $(JPEG_LIBS) -lcjson -lz -lm -lpthread
 plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS) $(JPEG_CFLAGS)
 plain_LIBS    = $(BLAS_LIBS) $(LIBS)
-asan_CFLAGS  := $(JPEG_CFLAGS) -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-tsan_CFLAGS  := $(JPEG_CFLAGS) -O1 -fsanitize=thread
+asan_CFLAGS  := $(JPEG_CFLAGS) -O1 -DDIST_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
+tsan_CFLAGS  := $(JPEG_CFLAGS) -O1 -DDIST_DEBUG -fsanitize=thread
 asan_LIBS    := $(LIBS)
 tsan_LIBS    := $(LIBS)
 flavour       = $(notdir $(patsubst %/,%,$(dir $@)))

@@ -22,9 +22,9 @@
  * shard it is part of.
  *
  * A strategy is five hooks around the units of one training step (dist_strategy). It does not know what
- * computes and what communicates. `single`, `dp` and `ddp` are here; a strategy says, unit by unit, which
- * part [lo, hi) of the parameters this rank updates and saves (dist_shard), and everything else is common
- * code: the exact gradient norm, clipping, the optimizer, evaluation, checkpoints.
+ * computes and what communicates. A strategy says, unit by unit, which part [lo, hi) of the parameters this
+ * rank updates and saves (dist_shard), and everything else is common code: the exact gradient norm, clipping,
+ * the optimizer, activation checkpointing, evaluation, checkpoints.
  *
  * With N ranks and equal --gradient-reduction all strategies give the same bits.
  *
@@ -90,7 +90,9 @@ typedef struct dist_comm {
     int grouping;
     rt_event own_done; /* for calls that signal nothing */
     dist_traffic traffic[DIST_OPS];
-    void (*observe)(void *observer, const dist_call *call); /* sees every call posted; or NULL */
+    /* Told of what this rank does, in order: collectives as they are posted, and of a training step "forward",
+     * "recompute", "backward", "free" and "step"; or NULL. */
+    void (*observe)(void *observer, const char *what, const char *unit, size_t elements);
     void *observer;
     uint64_t waits; /* made so far: tests skip one of them */
 } dist_comm;
@@ -132,6 +134,9 @@ typedef struct dist_options {
     size_t accumulation;      /* micro-batches a step */
     double bucket_size_mb;    /* ddp: a bucket is full at this size (MiB) */
     dist_reduction reduction; /* sum over ranks after the last micro-batch of a step, or after every one */
+    size_t prefetch;          /* zero3: units gathered ahead of the one that computes */
+    int keep_after_forward;   /* zero3: gathered parameters stay from forward to backward */
+    size_t checkpoint_every;  /* activations of every Nth block are computed again in backward; 0: of none */
     dist_optimizer optimizer;
     vit_adamw_options adamw;
     vit_sgd_options sgd;
@@ -141,8 +146,8 @@ typedef struct dist_options {
     size_t counts;      /* dist_sum will be asked for so many numbers at most */
 } dist_options;
 
-/* The part of a unit that this rank saves, elements [lo, hi) of its parameters, and that it updates, [lo,
- * trained): the rest is frozen. `squares` is the part of the gradient that it adds to the norm: over all
+/* The part of a unit that this rank saves, elements [lo, hi) of its padded parameters, and that it updates,
+ * [lo, trained): the rest is frozen. `squares` is the part of the gradient that it adds to the norm: over all
  * ranks they cover the gradient once. */
 typedef struct dist_shard {
     size_t lo, hi, trained;
@@ -155,6 +160,20 @@ typedef struct dist_bucket {
     rt_event ready, reduced;
 } dist_bucket;
 
+/* Memory that gradients pass through on their way to where they are kept. */
+typedef struct dist_gradient_slot {
+    rt_block block;
+    const dist_bucket *bucket; /* whose gradient is being reduced in it, NULL: free */
+    int adds;                  /* the sum is still to be added to that of earlier micro-batches */
+    rt_event reduced;
+} dist_gradient_slot;
+
+/* Memory that a unit's gathered parameters stay in while they are used. */
+typedef struct dist_parameter_slot {
+    rt_block block;
+    rt_event gathered, freed;
+} dist_parameter_slot;
+
 typedef struct dist {
     dist_comm *comm;
     rt_rank *rank;
@@ -166,40 +185,51 @@ typedef struct dist {
     vit_activations activations;
 
     size_t *offset; /* [units + 1]: where each unit begins in the flat buffers; multiples of 16 x ranks */
-    size_t first_trained;       /* units before it are frozen: no backward, no gradient, no optimizer state */
-    rt_block params;            /* all units, one track each */
-    rt_block grads;             /* units from first_trained on, one track each */
-    dist_shard *shard;          /* [units] */
-    int saves;                  /* this rank writes its shards into checkpoints */
-    dist_bucket *bucket;        /* in the order in which backward makes them ready: from the head down */
-    size_t buckets, *bucket_of; /* [units] */
-    rt_block slot[2];           /* gradients of a later micro-batch, before they are added */
-    dist_bucket *owed[2];       /* whose reduced gradients still wait in the slot */
-    rt_event slot_reduced[2];
+    size_t first_trained; /* units before it are frozen: no backward, no gradient, no optimizer state */
+    size_t params_cut, grads_cut; /* into so many shards, of which this rank holds one; 1: whole */
+    rt_block params;              /* all units, or a shard of each; one track each */
+    rt_block grads;               /* units from first_trained on, or a shard of each; one track each */
+    dist_shard *shard;            /* [units] */
+    int saves;                    /* this rank writes its shards into checkpoints */
+    dist_bucket *bucket;          /* in the order in which backward makes them ready: from the head down */
+    size_t buckets, *bucket_of;   /* [units] */
+    dist_gradient_slot gradient_slot[2];
+    rt_event *last_reduced; /* of the reduction that was posted last */
     rt_block scalars, control, counts;
     rt_event control_ready, control_done, counts_ready, counts_done;
     size_t micro; /* micro-batch of the step, from 0 */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
-    size_t stale;      /* dp: the root has parameters of units from this one on that the others lack */
-    rt_event *arrived; /* dp: [units] */
+    rt_event *arrived; /* dp, zero1, zero2: [units] the new parameters are here */
+    rt_block gathered; /* zero3: all parameter slots */
+    dist_parameter_slot *parameter_slot, **slot_of; /* zero3: [slots]; [units] NULL: not gathered */
+    size_t slots, next_slot;
 } dist;
 
-/* A strategy: what happens around each unit. pre_forward gives the unit's parameters, pre_backward where its
- * gradient goes; both are ready for the compute stream when the hook returns. */
+/* What backward needs of a unit: its parameters, and where its gradient goes. */
+typedef struct dist_unit_blocks {
+    rt_block params, grads;
+} dist_unit_blocks;
+
+/* A strategy: what happens around each unit. The blocks that the pre-hooks give are ready for the compute
+ * stream when the hook returns. */
 typedef struct dist_strategy {
-    const char *name;
+    const char *name, *alias; /* alias: another name, or NULL */
     dist_reduction reduction; /* the default */
+    int stage; /* of ZeRO: 1 cuts optimizer state into shards, 2 gradients too, 3 parameters too */
+    dist_op reduce, refresh; /* gradients after backward, parameters after the step; DIST_OPS: nothing */
     int (*open)(dist *d, error_text *e);
     rt_block (*pre_forward)(dist *d, size_t u);
     void (*post_forward)(dist *d, size_t u);
-    rt_block (*pre_backward)(dist *d, size_t u);
+    dist_unit_blocks (*pre_backward)(dist *d, size_t u);
     void (*post_backward)(dist *d, size_t u);
     void (*step)(dist *d);
 } dist_strategy;
 
 /* NULL: no such strategy. */
 const dist_strategy *dist_strategy_named(const char *name);
+/* The i-th of the table; NULL after the last. */
+const dist_strategy *dist_strategy_at(size_t i);
 
 /* -------------------------------------------------------------------------------------- the training loop */
 
@@ -208,8 +238,22 @@ const dist_strategy *dist_strategy_named(const char *name);
 int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_options *options, error_text *e);
 void dist_close(dist *d);
 
-/* Parameters of unit u, whole, without the padding between ranks, in host memory [unit->count]: takes this
- * rank's part of them; gives it (and leaves the rest of `values` alone). */
+/* What an open dist should hold and send by the formulas of the papers (Rajbhandari et al. 2020, arXiv
+ * 1910.02054; Zhao et al. 2023, arXiv 2304.11277), padding included: bytes by category, NAN where there is no
+ * formula, and elements that pass through each collective in a step. */
+typedef struct dist_formula {
+    double bytes[RT_CATEGORIES], elements[DIST_OPS];
+} dist_formula;
+dist_formula dist_formula_of(const dist *d);
+
+/* The ledger that rank `rank` of `ranks` would have after dist_open: a dry run, in which nothing is allocated.
+ * A total_peak_bytes of SIZE_MAX: more than can be counted. -1: impossible options. */
+int dist_estimate(const vit_device *device, const vit_model *model, const dist_options *options, int ranks,
+                  int rank, rt_ledger *ledger, error_text *e);
+
+/* Parameters of unit u, whole, without the padding between ranks, in host memory [unit->count]: takes what
+ * this rank holds of them (every rank must be given the same); gives [lo, hi) of its shard, and leaves the rest
+ * of `values` alone. */
 void dist_import(dist *d, size_t u, const float *values);
 void dist_export(dist *d, size_t u, float *values);
 
@@ -282,7 +326,9 @@ extern uint64_t dist_test_skip_wait; /* ... leaves out its wait of this number *
 static void dist__wait(dist_comm *comm, int stream, rt_event *event) {
     if (!event->recorded) return;
 #ifdef DIST_TEST_SKIP_WAIT
-    if (comm->rank->rank == dist_test_skip_rank && comm->waits++ == dist_test_skip_wait) return;
+    int orders = 0; /* or do earlier waits of the stream imply it? */
+    for (int s = 0; s < RT_STREAMS; s++) orders |= event->clock[s] > comm->rank->stream[stream].clock[s];
+    if (orders && comm->rank->rank == dist_test_skip_rank && comm->waits++ == dist_test_skip_wait) return;
 #endif
     rt_wait(comm->rank, stream, event);
 }
@@ -309,7 +355,7 @@ void dist_post(dist_comm *comm, const dist_call *call) {
                 comm->size, comm->grouped);
         return;
     }
-    if (comm->observe) comm->observe(comm->observer, call);
+    if (comm->observe) comm->observe(comm->observer, dist_op_name(call->op), call->unit, whole);
     if (call->wait) dist__wait(comm, call->stream, call->wait);
     if (!rt_access(rank, call->stream, dist_op_name(call->op), RT_BLOCKS(call->in), RT_BLOCKS(call->out)))
         return;
@@ -598,18 +644,52 @@ void dist_comm_close(dist_comm *comm) {
 
 /* ---------------------------------------------------------------------------- what strategies are made of */
 
-/* Units first .. last of a flat buffer that begins with unit `base`, as one block. */
-static rt_block dist__units(const dist *d, rt_block flat, size_t base, size_t first, size_t last) {
-    rt_block b = rt_slice(flat, d->offset[first] - d->offset[base], d->offset[last + 1] - d->offset[first]);
+/* Units first .. last, or a shard of each, of a flat buffer that begins with unit `base`, as one block. */
+static rt_block dist__units(const dist *d, rt_block flat, size_t cut, size_t base, size_t first,
+                            size_t last) {
+    rt_block b = rt_slice(flat, (d->offset[first] - d->offset[base]) / cut,
+                          (d->offset[last + 1] - d->offset[first]) / cut);
     b.track = flat.track + (first - base);
     b.tracks = last - first + 1;
     return b;
 }
 
-static rt_block dist__params(const dist *d, size_t u) { return dist__units(d, d->params, 0, u, u); }
+static rt_block dist__params(const dist *d, size_t u) {
+    return dist__units(d, d->params, d->params_cut, 0, u, u);
+}
 
 static rt_block dist__grads(const dist *d, size_t first, size_t last) {
-    return dist__units(d, d->grads, d->first_trained, first, last);
+    return dist__units(d, d->grads, d->grads_cut, d->first_trained, first, last);
+}
+
+static size_t dist__padded(const dist *d, size_t u) { return d->offset[u + 1] - d->offset[u]; }
+
+static size_t dist__largest_unit(const dist *d, size_t first) {
+    size_t largest = 0;
+    for (size_t u = first; u < d->model->units; u++)
+        if (largest < dist__padded(d, u)) largest = dist__padded(d, u);
+    return largest;
+}
+
+static size_t dist__largest_bucket(const dist *d) {
+    size_t largest = 0;
+    for (size_t b = 0; b < d->buckets; b++)
+        if (largest < d->bucket[b].count) largest = d->bucket[b].count;
+    return largest;
+}
+
+static void dist__observe(const dist *d, const char *what, size_t u) {
+    if (d->comm->observe)
+        d->comm->observe(d->comm->observer, what, d->model->unit[u].name, dist__padded(d, u));
+}
+
+/* Fills freed memory with NaN in debug builds, so that who still reads it is found out. */
+static void dist__poison(const dist *d, rt_block b) {
+#ifdef DIST_DEBUG
+    vit_fill(&d->context, b, 0xFF);
+#else
+    (void)d, (void)b;
+#endif
 }
 
 /* Posts a collective from root 0 on the communication stream. */
@@ -640,52 +720,71 @@ static int dist__cut_buckets(dist *d, double limit_mb) {
     return 0;
 }
 
+/* Do gradients pass through slots on their way to the sum over ranks? Whole ones of a first micro-batch lie in
+ * place; where only shards are kept, nothing else would hold them. */
+static int dist__reduces_in_slots(const dist *d) {
+    return d->grads_cut > 1 || (d->options.reduction == DIST_REDUCE_EVERY && d->options.accumulation > 1);
+}
+
 /* Gradients of later micro-batches need a place of their own: backward overwrites. Summed over ranks at the
- * last micro-batch: one slot of the largest unit. At every one: two of the largest bucket, used in turn. */
-static int dist__alloc_slots(dist *d) {
-    size_t largest = 0, every = d->options.reduction == DIST_REDUCE_EVERY;
-    if (d->options.accumulation < 2) return 0;
-    for (size_t b = 0; every && b < d->buckets; b++)
-        if (largest < d->bucket[b].count) largest = d->bucket[b].count;
-    for (size_t u = d->first_trained; !every && u < d->model->units; u++)
-        if (largest < d->offset[u + 1] - d->offset[u]) largest = d->offset[u + 1] - d->offset[u];
-    for (size_t i = 0; i <= every; i++)
-        d->slot[i] =
-            rt_alloc(d->rank, every ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS, d->model->type, largest, 1);
+ * last micro-batch: one slot of the largest unit. At every one, or into shards: two of the largest bucket,
+ * used in turn. */
+static int dist__alloc_gradient_slots(dist *d) {
+    int reduces = dist__reduces_in_slots(d);
+    size_t count = reduces ? dist__largest_bucket(d) : dist__largest_unit(d, d->first_trained);
+    if (!reduces && d->options.accumulation < 2) return 0;
+    for (int i = 0; i <= reduces; i++)
+        d->gradient_slot[i].block =
+            rt_alloc(d->rank, reduces ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS, d->model->type, count, 1);
     return rt_failed(d->rank) ? -1 : 0;
 }
 
 /* The slots are used in turn throughout a step: the one that is used again is always the older one. */
-static size_t dist__slot(const dist *d, size_t bucket) { return (d->micro * d->buckets + bucket) % 2; }
-
-/* Adds to the gradient what the ranks have summed in a slot. (A rank that gets no sum only waits for its
- * slot.) */
-static void dist__collect(dist *d, size_t slot) {
-    dist_bucket *b = d->owed[slot];
-    if (!b) return;
-    dist__wait(d->comm, RT_COMPUTE, &d->slot_reduced[slot]);
-    if (d->shard[b->first].hi > 0)
-        vit_add(&d->context, dist__grads(d, b->first, b->last), rt_slice(d->slot[slot], 0, b->count));
-    d->owed[slot] = NULL;
+static dist_gradient_slot *dist__gradient_slot(dist *d, size_t bucket) {
+    return &d->gradient_slot[(d->micro * d->buckets + bucket) % 2];
 }
 
-/* Where unit u's backward writes its gradient: of the first micro-batch into the gradient itself, else into a
- * slot. */
+/* The part of a bucket's gradient of which this rank gets the sum. */
+static rt_block dist__share(const dist *d, const dist_bucket *b, rt_block whole) {
+    const dist_shard *s = &d->shard[b->first]; /* buckets of a reduce-scatter have one unit */
+    if (d->strategy->reduce == DIST_REDUCE_SCATTER) return rt_slice(whole, s->lo, s->hi - s->lo);
+    return d->strategy->reduce == DIST_REDUCE && d->comm->index ? (rt_block){0} : whole;
+}
+
+/* Where the sums of all micro-batches are kept. */
+static rt_block dist__kept(const dist *d, const dist_bucket *b) {
+    rt_block g = dist__grads(d, b->first, b->last);
+    return d->grads_cut > 1 ? g : dist__share(d, b, g);
+}
+
+/* The gradient in the slot has been reduced: the slot is free. */
+static void dist__collect(dist *d, dist_gradient_slot *slot) {
+    const dist_bucket *b = slot->bucket;
+    if (!b) return;
+    rt_block sum = dist__kept(d, b), whole = rt_slice(slot->block, 0, b->count);
+    dist__wait(d->comm, RT_COMPUTE, &slot->reduced);
+    if (slot->adds && sum.count) vit_add(&d->context, sum, dist__share(d, b, whole));
+    dist__poison(d, whole);
+    slot->bucket = NULL;
+}
+
+/* Where unit u's backward writes its gradient: of the first micro-batch, if it is kept whole, into the gradient
+ * itself, else into a slot. */
 static rt_block dist__gradient_target(dist *d, size_t u) {
     const dist_bucket *b = &d->bucket[d->bucket_of[u]];
     const vit_unit *unit = &d->model->unit[u];
-    size_t count = d->offset[u + 1] - d->offset[u];
-    if (d->micro == 0) return dist__grads(d, u, u);
-    rt_block target = rt_slice(d->slot[0], 0, count);
-    if (d->options.reduction == DIST_REDUCE_EVERY) {
-        size_t slot = dist__slot(d, d->bucket_of[u]);
+    size_t count = dist__padded(d, u);
+    if (d->micro == 0 && d->grads_cut == 1) return dist__grads(d, u, u);
+    rt_block target = rt_slice(d->gradient_slot[0].block, 0, count);
+    if (dist__reduces_in_slots(d)) {
+        dist_gradient_slot *slot = dist__gradient_slot(d, d->bucket_of[u]);
         if (u == b->last) dist__collect(d, slot);
-        target = rt_slice(d->slot[slot], d->offset[u] - b->offset, count);
+        target = rt_slice(slot->block, d->offset[u] - b->offset, count);
     }
     for (size_t t = 0; t < unit->tensors; t++) { /* padding that another unit may have written */
         size_t end = unit->tensor[t].offset + unit->tensor[t].count;
         size_t next = t + 1 < unit->tensors ? unit->tensor[t + 1].offset : count;
-        if (end < next) vit_fill_zero(&d->context, rt_slice(target, end, next - end));
+        if (end < next) vit_fill(&d->context, rt_slice(target, end, next - end), 0);
     }
     return target;
 }
@@ -693,37 +792,41 @@ static rt_block dist__gradient_target(dist *d, size_t u) {
 /* Adds to unit u's gradient that of a later micro-batch, which no rank has summed yet. */
 static void dist__accumulate(dist *d, size_t u) {
     rt_block g = dist__grads(d, u, u);
-    vit_add(&d->context, g, rt_slice(d->slot[0], 0, g.count));
+    vit_add(&d->context, g, rt_slice(d->gradient_slot[0].block, 0, g.count));
 }
 
 /* Unit u's gradient is there: adds it to those of earlier micro-batches and, when its bucket is full, lets
- * the ranks sum it (op: all-reduce, or reduce to rank 0). */
-static void dist__reduce_gradient(dist *d, size_t u, dist_op op) {
-    size_t index = d->bucket_of[u], slot = dist__slot(d, index);
-    dist_bucket *b = &d->bucket[index];
+ * the ranks sum it. */
+static void dist__reduce_gradient(dist *d, size_t u) {
+    dist_bucket *b = &d->bucket[d->bucket_of[u]];
     int every = d->options.reduction == DIST_REDUCE_EVERY, later = d->micro > 0;
     if (later && !every) dist__accumulate(d, u);
     if (u != b->first || (!every && d->micro + 1 < d->options.accumulation)) return;
-    rt_block g = dist__grads(d, b->first, b->last);
-    rt_event *reduced = &b->reduced;
-    if (later && every) {
-        g = rt_slice(d->slot[slot], 0, b->count);
-        d->owed[slot] = b;
-        reduced = &d->slot_reduced[slot];
+    rt_block whole, part;
+    if (d->grads_cut > 1 || (later && every)) {
+        dist_gradient_slot *slot = dist__gradient_slot(d, d->bucket_of[u]);
+        slot->bucket = b;
+        slot->adds = later;
+        whole = rt_slice(slot->block, 0, b->count);
+        part = later ? dist__share(d, b, whole) : dist__kept(d, b);
+        d->last_reduced = &slot->reduced;
+    } else {
+        whole = dist__grads(d, b->first, b->last);
+        part = dist__share(d, b, whole);
+        d->last_reduced = &b->reduced;
     }
     rt_record(d->rank, RT_COMPUTE, &b->ready);
-    rt_block out = op == DIST_REDUCE && d->comm->index ? (rt_block){0} : g;
-    dist__collective(d, op, g, out, d->model->unit[u].name, &b->ready, reduced);
+    dist__collective(d, d->strategy->reduce, whole, part, d->model->unit[u].name, &b->ready, d->last_reduced);
 }
 
 /* After the last micro-batch: the gradient is complete for the compute stream. */
 static void dist__finish_gradient(dist *d) {
-    if (d->options.reduction == DIST_REDUCE_EVERY && d->options.accumulation > 1) {
-        dist__collect(d, dist__slot(d, d->buckets)); /* the older of the last two buckets */
-        dist__collect(d, dist__slot(d, d->buckets + 1));
+    if (d->options.accumulation > 1 && dist__reduces_in_slots(d)) {
+        dist__collect(d, dist__gradient_slot(d, d->buckets)); /* the older of the last two buckets */
+        dist__collect(d, dist__gradient_slot(d, d->buckets + 1));
     } else {
-        dist__wait(d->comm, RT_COMPUTE,
-                   &d->bucket[d->buckets - 1].reduced); /* the stream's last: it implies the others */
+        dist__wait(d->comm, RT_COMPUTE, d->last_reduced); /* the stream's last: it implies the others */
+        for (int i = 0; i < 2; i++) d->gradient_slot[i].bucket = NULL;
     }
 }
 
@@ -754,15 +857,19 @@ static void dist__update(dist *d) {
     rt_block counters = rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS);
     double divisor = (double)d->comm->size * (double)d->options.accumulation * c->loss_scale;
     rt_event *ready = NULL; /* stays so without squares: the loss was there before the last gradients went */
-    for (size_t u = 0; u < d->model->units; u++)
+    size_t owned = 0;       /* elements that this rank updates */
+    for (size_t u = 0; u < d->model->units; u++) {
+        owned += d->shard[u].trained - d->shard[u].lo;
         if (d->shard[u].squares.count) {
             vit_sum_of_squares(c, counters, d->shard[u].squares);
             ready = &d->control_ready;
         }
+    }
     if (ready) rt_record(d->rank, RT_COMPUTE, ready);
     dist__collective(d, DIST_CONTROL, d->control, d->control, "step", ready, &d->control_done);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
+    if (d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
     for (size_t u = 0; u < d->model->units; u++) {
         const vit_unit *unit = &d->model->unit[u];
         dist__optimize(d, unit, 0, unit->classifier, u);
@@ -770,17 +877,28 @@ static void dist__update(dist *d) {
     }
 }
 
+/* Memory for parameters and gradients, cut as d says, and for gradients on their way. */
+static int dist__alloc(dist *d, double bucket_size_mb) {
+    size_t n = d->model->units, first = d->first_trained;
+    d->params = rt_alloc(d->rank, RT_PARAMETERS, d->model->type, d->offset[n] / d->params_cut, n);
+    d->grads = rt_alloc(d->rank, RT_GRADIENTS, d->model->type,
+                        (d->offset[n] - d->offset[first]) / d->grads_cut, n - first);
+    if (d->strategy->refresh != DIST_OPS && !(d->arrived = calloc(n, sizeof *d->arrived)))
+        return rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
+    return rt_failed(d->rank) || dist__cut_buckets(d, bucket_size_mb) || dist__alloc_gradient_slots(d) ? -1
+                                                                                                       : 0;
+}
+
 /* Full parameters and gradients on every rank, of which `owners` ranks, from 0 up, own the whole of every
  * unit: they share the work of the norm. */
 static int dist__replicate(dist *d, size_t owners, double bucket_size_mb) {
-    size_t n = d->model->units, me = (size_t)d->comm->index, first = d->first_trained;
-    d->params = rt_alloc(d->rank, RT_PARAMETERS, d->model->type, d->offset[n], n);
-    d->grads = rt_alloc(d->rank, RT_GRADIENTS, d->model->type, d->offset[n] - d->offset[first], n - first);
+    size_t me = (size_t)d->comm->index, first = d->first_trained;
+    if (dist__alloc(d, bucket_size_mb)) return -1;
     d->saves = me == 0;
-    for (size_t u = 0; u < n && me < owners && !rt_failed(d->rank); u++) {
+    for (size_t u = 0; u < d->model->units && me < owners; u++) {
         const vit_unit *unit = &d->model->unit[u];
         dist_shard *s = &d->shard[u];
-        *s = (dist_shard){.hi = d->offset[u + 1] - d->offset[u], .param = dist__params(d, u)};
+        *s = (dist_shard){.hi = dist__padded(d, u), .param = dist__params(d, u)};
         if (u < first) continue;
         s->trained = unit->trainable < unit->count ? unit->trainable : s->hi;
         size_t granules = s->trained / VIT_GRANULE, begin = granules * me / owners,
@@ -788,18 +906,69 @@ static int dist__replicate(dist *d, size_t owners, double bucket_size_mb) {
         s->grad = rt_slice(dist__grads(d, u, u), 0, s->trained);
         s->squares = rt_slice(s->grad, begin * VIT_GRANULE, (end - begin) * VIT_GRANULE);
     }
-    return rt_failed(d->rank) || dist__cut_buckets(d, bucket_size_mb) || dist__alloc_slots(d) ? -1 : 0;
+    return 0;
+}
+
+/* Every rank owns an equal part of every unit's padded parameters: elements [k r, k (r + 1)) on rank r. */
+static int dist__partition(dist *d) {
+    size_t N = (size_t)d->comm->size, me = (size_t)d->comm->index;
+    int keeps_whole = d->strategy->stage < 2 || /* or adds up whole gradients, as FSDP under no_sync */
+                      (d->options.reduction == DIST_REDUCE_LAST && d->options.accumulation > 1);
+    d->params_cut = d->strategy->stage < 3 ? 1 : N;
+    d->grads_cut = keeps_whole ? 1 : N;
+    if (dist__alloc(d, 0)) return -1;
+    d->saves = 1;
+    for (size_t u = 0; u < d->model->units; u++) {
+        const vit_unit *unit = &d->model->unit[u];
+        dist_shard *s = &d->shard[u];
+        size_t k = dist__padded(d, u) / N;
+        *s = (dist_shard){.lo = k * me, .hi = k * (me + 1), .param = dist__params(d, u)};
+        if (d->params_cut == 1) s->param = rt_slice(s->param, s->lo, k);
+        s->trained = s->lo;
+        if (u < d->first_trained) continue;
+        size_t end = unit->trainable < unit->count ? unit->trainable : s->hi;
+        if (end > s->lo) s->trained = end < s->hi ? end : s->hi;
+        s->grad = s->squares = rt_slice(dist__grads(d, u, u), keeps_whole ? s->lo : 0, s->trained - s->lo);
+    }
+    return 0;
 }
 
 static rt_block dist__resident(dist *d, size_t u) { return dist__params(d, u); }
 
+static dist_unit_blocks dist__resident_backward(dist *d, size_t u) {
+    return (dist_unit_blocks){dist__params(d, u), dist__gradient_target(d, u)};
+}
+
 static void dist__nothing(dist *d, size_t u) { (void)d, (void)u; }
+
+/* After a step, which changed only what each rank owns: sends the new parameters to all, unit by unit, so that
+ * the first arrive while the last still travel. */
+static void dist__refresh(dist *d) {
+    int gathers = d->strategy->refresh == DIST_ALL_GATHER, root = d->comm->index == 0;
+    rt_record(d->rank, RT_COMPUTE, &d->stepped);
+    for (size_t u = d->first_trained; u < d->model->units; u++) {
+        rt_block p = dist__params(d, u), none = {0};
+        dist__collective(d, d->strategy->refresh,
+                         gathers ? d->shard[u].param
+                         : root  ? p
+                                 : none,
+                         gathers || !root ? p : none, d->model->unit[u].name,
+                         gathers || root ? &d->stepped : NULL, &d->arrived[u]);
+    }
+}
+
+/* The parameters of unit u, once they have arrived. */
+static rt_block dist__arriving(dist *d, size_t u) {
+    dist__wait(d->comm, RT_COMPUTE, &d->arrived[u]);
+    d->arrived[u].recorded = 0; /* waited for once */
+    return dist__params(d, u);
+}
 
 /* --------------------------------------------------------------------------------------- strategy: single */
 
 static int single_open(dist *d, error_text *e) {
     if (d->comm->size > 1)
-        return error_set(e, "strategy single runs on one rank, found %d; choose dp or ddp for more",
+        return error_set(e, "strategy single runs on one rank, found %d; choose another for more",
                          d->comm->size);
     d->options.reduction = DIST_REDUCE_LAST; /* nobody to sum with: both are the same */
     return dist__replicate(d, 1, 0);
@@ -811,41 +980,25 @@ static void single_post_backward(dist *d, size_t u) {
 
 /* ------------------------------------------------------------------------------------------- strategy: dp */
 
-/* Data parallel with a parameter server, as PyTorch's DataParallel: rank 0 alone has optimizer state. It
- * sends the parameters to all before the forward pass and gets the sum of the gradients after the backward
+/* Data parallel with a parameter server, as PyTorch's DataParallel: rank 0 alone has optimizer state. It gets
+ * the sum of the gradients after the backward pass, and sends its parameters to all before the next forward
  * pass. (Each rank loads its own samples, so that inputs and outputs need not be scattered and gathered.) */
 static int dp_open(dist *d, error_text *e) {
     (void)e;
-    d->arrived = calloc(d->model->units, sizeof *d->arrived);
-    if (!d->arrived) return rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
     return dist__replicate(d, 1, 0);
 }
 
 static rt_block dp_pre_forward(dist *d, size_t u) {
-    int root = d->comm->index == 0;
-    if (u == d->stale) { /* all at once: the later ones travel while units run */
-        if (root) dist__wait(d->comm, RT_COMMUNICATION, &d->stepped);
-        for (size_t v = u; v < d->model->units; v++) {
-            rt_block p = dist__params(d, v), none = {0};
-            dist__collective(d, DIST_BROADCAST, root ? p : none, root ? none : p, d->model->unit[v].name,
-                             NULL, &d->arrived[v]);
-        }
-    }
-    if (u >= d->stale && !root) dist__wait(d->comm, RT_COMPUTE, &d->arrived[u]);
-    if (u + 1 == d->model->units) d->stale = d->model->units;
-    return dist__params(d, u);
+    return d->comm->index == 0 ? dist__params(d, u) : dist__arriving(d, u);
 }
-
-static void dp_post_backward(dist *d, size_t u) { dist__reduce_gradient(d, u, DIST_REDUCE); }
 
 static void dp_step(dist *d) {
     if (d->comm->index == 0)
         dist__finish_gradient(d);
-    else
-        d->owed[0] = d->owed[1] = NULL; /* dist__update's collective comes after theirs: the slots are free */
+    else /* dist__update's collective comes after theirs: the slots are free */
+        d->gradient_slot[0].bucket = d->gradient_slot[1].bucket = NULL;
     dist__update(d);
-    rt_record(d->rank, RT_COMPUTE, &d->stepped);
-    d->stale = d->first_trained;
+    dist__refresh(d);
 }
 
 /* ------------------------------------------------------------------------------------------ strategy: ddp */
@@ -857,27 +1010,137 @@ static int ddp_open(dist *d, error_text *e) {
     return dist__replicate(d, (size_t)d->comm->size, d->options.bucket_size_mb);
 }
 
-static void ddp_post_backward(dist *d, size_t u) { dist__reduce_gradient(d, u, DIST_ALL_REDUCE); }
-
 static void ddp_step(dist *d) {
     dist__finish_gradient(d);
     dist__update(d);
 }
 
+/* ---------------------------------------------------------------------------- strategies: zero1 and zero2 */
+
+/* ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054). Stage 1: an all-reduce is a reduce-scatter and an
+ * all-gather, and between the two each rank needs optimizer state only for its own part. Stage 2: after the
+ * reduce-scatter it needs gradients only of its own part, too. */
+static int zero_open(dist *d, error_text *e) {
+    (void)e;
+    return dist__partition(d);
+}
+
+static void zero_step(dist *d) {
+    dist__finish_gradient(d);
+    dist__update(d);
+    dist__refresh(d);
+}
+
+/* ---------------------------------------------------------------------------------------- strategy: zero3 */
+
+/* ZeRO stage 3, or fully sharded data parallel (Zhao et al. 2023, arXiv 2304.11277): each rank keeps its part
+ * of the parameters, too. A unit's are gathered into a slot before they are used, `prefetch` units ahead, and
+ * freed after. Slots are handed on in the order in which units are gathered, which is that in which they are
+ * freed; who gathers into one waits until the unit before has been used: that limits how far communication
+ * runs ahead, as limit_all_gathers does in PyTorch's FSDP. */
+static int zero3_open(dist *d, error_text *e) {
+    size_t n = d->model->units, size = dist__largest_unit(d, 0), keep = (size_t)d->options.keep_after_forward;
+    (void)e;
+    d->slots = keep || d->options.prefetch >= n ? n : d->options.prefetch + 1;
+    d->gathered = rt_alloc(d->rank, RT_COMMUNICATION_BUFFERS, d->model->type,
+                           keep ? d->offset[n] : d->slots * size, d->slots);
+    d->parameter_slot = calloc(d->slots, sizeof *d->parameter_slot);
+    d->slot_of = calloc(n, sizeof *d->slot_of);
+    if (!d->parameter_slot || !d->slot_of) return rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
+    for (size_t i = 0; i < d->slots; i++) { /* of units that stay: each has its own */
+        rt_block *b = &d->parameter_slot[i].block;
+        *b = rt_slice(d->gathered, keep ? d->offset[i] : i * size, keep ? dist__padded(d, i) : size);
+        b->track += i;
+        b->tracks = 1;
+    }
+    return dist__partition(d);
+}
+
+static void zero3_gather(dist *d, size_t u) {
+    if (d->slot_of[u]) return;
+    dist_parameter_slot *s =
+        &d->parameter_slot[d->options.keep_after_forward ? u : d->next_slot++ % d->slots];
+    d->slot_of[u] = s;
+    dist__wait(d->comm, RT_COMMUNICATION, &d->stepped);
+    dist__collective(d, DIST_ALL_GATHER, dist__params(d, u), rt_slice(s->block, 0, dist__padded(d, u)),
+                     d->model->unit[u].name, &s->freed, &s->gathered);
+}
+
+static void zero3_free(dist *d, size_t u) {
+    dist_parameter_slot *s = d->slot_of[u];
+    dist__observe(d, "free", u);
+    dist__poison(d, s->block);
+    rt_record(d->rank, RT_COMPUTE, &s->freed);
+    d->slot_of[u] = NULL;
+}
+
+/* Gathers unit u, if that has not been done ahead, and the next ones on the way to the `last`. */
+static void zero3_gather_ahead(dist *d, size_t u, size_t last) {
+    zero3_gather(d, u);
+    for (size_t v = u, ahead = 0; v != last && ahead < d->options.prefetch; ahead++)
+        zero3_gather(d, v = u < last ? v + 1 : v - 1);
+}
+
+static rt_block zero3_gathered(dist *d, size_t u) {
+    dist__wait(d->comm, RT_COMPUTE, &d->slot_of[u]->gathered);
+    return rt_slice(d->slot_of[u]->block, 0, dist__padded(d, u));
+}
+
+static rt_block zero3_pre_forward(dist *d, size_t u) {
+    zero3_gather_ahead(d, u, d->model->units - 1);
+    return zero3_gathered(d, u);
+}
+
+/* Backward begins with the unit that forward ends with: that one stays. */
+static void zero3_post_forward(dist *d, size_t u) {
+    int stays = d->options.keep_after_forward || u + 1 == d->model->units;
+    if (!stays || !d->context.training || u < d->first_trained) zero3_free(d, u);
+}
+
+static dist_unit_blocks zero3_pre_backward(dist *d, size_t u) {
+    zero3_gather_ahead(d, u, d->first_trained);
+    rt_block grads = dist__gradient_target(d, u);
+    return (dist_unit_blocks){zero3_gathered(d, u), grads};
+}
+
+static void zero3_post_backward(dist *d, size_t u) {
+    zero3_free(d, u);
+    dist__reduce_gradient(d, u);
+}
+
+static void zero3_step(dist *d) {
+    dist__finish_gradient(d);
+    dist__update(d);
+    rt_record(d->rank, RT_COMPUTE, &d->stepped);
+}
+
 /* ------------------------------------------------------------------------------------ table of strategies */
 
+// clang-format off
 static const dist_strategy dist__strategies[] = {
-    {"single", DIST_REDUCE_LAST, single_open, dist__resident, dist__nothing, dist__gradient_target,
-     single_post_backward, dist__update},
-    {"dp", DIST_REDUCE_LAST, dp_open, dp_pre_forward, dist__nothing, dist__gradient_target, dp_post_backward,
-     dp_step},
-    {"ddp", DIST_REDUCE_LAST, ddp_open, dist__resident, dist__nothing, dist__gradient_target,
-     ddp_post_backward, ddp_step},
+    {"single", NULL, DIST_REDUCE_LAST, 0, DIST_OPS, DIST_OPS, single_open,
+     dist__resident, dist__nothing, dist__resident_backward, single_post_backward, dist__update},
+    {"dp", NULL, DIST_REDUCE_LAST, 0, DIST_REDUCE, DIST_BROADCAST, dp_open,
+     dp_pre_forward, dist__nothing, dist__resident_backward, dist__reduce_gradient, dp_step},
+    {"ddp", NULL, DIST_REDUCE_LAST, 0, DIST_ALL_REDUCE, DIST_OPS, ddp_open,
+     dist__resident, dist__nothing, dist__resident_backward, dist__reduce_gradient, ddp_step},
+    {"zero1", NULL, DIST_REDUCE_LAST, 1, DIST_REDUCE_SCATTER, DIST_ALL_GATHER, zero_open,
+     dist__arriving, dist__nothing, dist__resident_backward, dist__reduce_gradient, zero_step},
+    {"zero2", NULL, DIST_REDUCE_EVERY, 2, DIST_REDUCE_SCATTER, DIST_ALL_GATHER, zero_open,
+     dist__arriving, dist__nothing, dist__resident_backward, dist__reduce_gradient, zero_step},
+    {"zero3", "fsdp", DIST_REDUCE_EVERY, 3, DIST_REDUCE_SCATTER, DIST_OPS, zero3_open,
+     zero3_pre_forward, zero3_post_forward, zero3_pre_backward, zero3_post_backward, zero3_step},
 };
+// clang-format on
+
+const dist_strategy *dist_strategy_at(size_t i) {
+    return i < sizeof dist__strategies / sizeof *dist__strategies ? &dist__strategies[i] : NULL;
+}
 
 const dist_strategy *dist_strategy_named(const char *name) {
-    for (size_t i = 0; i < sizeof dist__strategies / sizeof *dist__strategies; i++)
-        if (!strcmp(name, dist__strategies[i].name)) return &dist__strategies[i];
+    const dist_strategy *s;
+    for (size_t i = 0; (s = dist_strategy_at(i)); i++)
+        if (!strcmp(name, s->name) || (s->alias && !strcmp(name, s->alias))) return s;
     return NULL;
 }
 
@@ -898,6 +1161,7 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     if (!d->offset || !d->shard) return rt_fail(rank, "rank %d: out of memory", rank->rank);
     for (size_t u = 0; u < n; u++)
         d->offset[u + 1] = d->offset[u] + (model->unit[u].count + unit - 1) / unit * unit;
+    d->params_cut = d->grads_cut = 1;
     if (options->inference) d->first_trained = n;
     while (d->first_trained < n && model->unit[d->first_trained].trainable == 0) d->first_trained++;
     if (d->strategy->open(d, e)) return -1;
@@ -910,7 +1174,7 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
     d->counts = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, options->counts, 1);
     if (rt_failed(rank) || vit_activations_init(&d->activations, rank, d->device, model, options->batch_size,
-                                                options->inference))
+                                                options->inference, options->checkpoint_every))
         return -1;
     d->context = (vit_context){.rank = rank,
                                .stream = RT_COMPUTE,
@@ -929,8 +1193,9 @@ void dist_close(dist *d) {
     if (d->rank) rt_record(d->rank, RT_COMMUNICATION, &end); /* slower ranks may need what this one posted */
     for (size_t u = 0; d->shard && u < d->model->units; u++)
         for (int i = 0; i < 2; i++) rt_free(d->rank, RT_OPTIMIZER, &d->shard[u].state[i]);
-    rt_category slots = d->options.reduction == DIST_REDUCE_EVERY ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS;
-    for (int i = 0; i < 2; i++) rt_free(d->rank, slots, &d->slot[i]);
+    rt_category slots = dist__reduces_in_slots(d) ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS;
+    for (int i = 0; i < 2; i++) rt_free(d->rank, slots, &d->gradient_slot[i].block);
+    rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->gathered);
     rt_free(d->rank, RT_PARAMETERS, &d->params);
     rt_free(d->rank, RT_GRADIENTS, &d->grads);
     rt_free(d->rank, RT_WORKSPACE, &d->scalars);
@@ -942,7 +1207,66 @@ void dist_close(dist *d) {
     free(d->bucket);
     free(d->bucket_of);
     free(d->arrived);
+    free(d->parameter_slot);
+    free(d->slot_of);
     *d = (dist){0};
+}
+
+dist_formula dist_formula_of(const dist *d) {
+    const dist_strategy *s = d->strategy;
+    const dist_options *o = &d->options;
+    size_t n = d->model->units, type = rt_type_size(d->model->type);
+    int N = d->comm->size, every = o->reduction == DIST_REDUCE_EVERY, M = (int)o->accumulation;
+    int whole_gradients = N == 1 || s->stage < 2 || (!every && M > 1); /* the last: FSDP's no_sync */
+    double P = (double)d->offset[n], trained = P - (double)d->offset[d->first_trained], optimised = trained;
+    double largest = (double)dist__largest_unit(d, 0), kept = (double)dist__padded(d, n - 1);
+    const vit_unit *last = &d->model->unit[n - 1]; /* the only one that may be frozen in part */
+    if (last->trainable < last->count && trained > 0)
+        optimised -= (double)(dist__padded(d, n - 1) - last->trainable);
+    double states = o->optimizer == DIST_ADAMW ? 2 : 1, reductions = every ? M : 1;
+    dist_formula f = {.bytes = {[RT_ACTIVATIONS] = NAN, [RT_WORKSPACE] = NAN}};
+    f.bytes[RT_PARAMETERS] = P / (s->stage >= 3 ? N : 1);
+    f.bytes[RT_GRADIENTS] = trained / (whole_gradients ? 1 : N);
+    f.bytes[RT_OPTIMIZER] = states * optimised / (s->stage >= 1 ? N : 1);
+    if (s->reduce == DIST_REDUCE && d->comm->index) f.bytes[RT_OPTIMIZER] = 0; /* the root has it all */
+    if (!every && M > 1) f.bytes[RT_GRADIENTS] += (double)dist__largest_unit(d, d->first_trained);
+    if ((every && M > 1) || !whole_gradients)
+        f.bytes[RT_COMMUNICATION_BUFFERS] += 2 * (double)dist__largest_bucket(d);
+    if (s->stage >= 3)
+        f.bytes[RT_COMMUNICATION_BUFFERS] += o->keep_after_forward ? P : (double)d->slots * largest;
+    for (int c = 0; c < RT_CATEGORIES; c++) f.bytes[c] *= (double)type;
+    f.bytes[RT_COMMUNICATION_BUFFERS] += 8 * (double)(d->control.count + d->counts.count);
+    f.elements[DIST_CONTROL] = (double)d->control.count;
+    if (s->reduce != DIST_OPS) f.elements[s->reduce] += reductions * trained;
+    if (s->refresh != DIST_OPS) f.elements[s->refresh] += trained;
+    if (s->stage >= 3) f.elements[DIST_ALL_GATHER] += M * (P + (o->keep_after_forward ? 0 : trained - kept));
+    return f;
+}
+
+static void *dist__pretend(rt_rank *rank, size_t bytes) {
+    (void)bytes;
+    return rank; /* never written to, nor read */
+}
+
+static void dist__forget(rt_rank *rank, void *memory, size_t bytes) { (void)rank, (void)memory, (void)bytes; }
+
+int dist_estimate(const vit_device *device, const vit_model *model, const dist_options *options, int ranks,
+                  int index, rt_ledger *ledger, error_text *e) {
+    rt_world world;
+    dist d;
+    if (rt_world_init(&world, 1, 0)) return error_set(e, "out of memory");
+    rt_rank *rank = &world.ranks[0];
+    rank->allocate = dist__pretend;
+    rank->release = dist__forget;
+    dist_comm comm = {.name = "world", .rank = rank, .index = index, .size = ranks, .device = device};
+    int failed = dist_open(&d, &comm, model, options, e);
+    *ledger = rank->ledger;
+    if (world.out_of_memory) ledger->total_peak_bytes = SIZE_MAX;
+    if (world.out_of_memory) failed = 0;
+    if (failed && world.failed) *e = world.error;
+    dist_close(&d);
+    rt_world_free(&world);
+    return failed;
 }
 
 /* The part of the unit's own elements (without padding between ranks) that the shard holds. */
@@ -953,13 +1277,18 @@ static size_t dist__held(const dist *d, size_t u) {
 
 void dist_import(dist *d, size_t u, const float *values) {
     size_t held = dist__held(d, u);
-    if (held) vit_copy_in(&d->context, rt_slice(d->shard[u].param, 0, held), values + d->shard[u].lo);
+    if (d->params_cut == 1)
+        vit_copy_in(&d->context, rt_slice(dist__params(d, u), 0, d->model->unit[u].count), values);
+    else if (held)
+        vit_copy_in(&d->context, rt_slice(d->shard[u].param, 0, held), values + d->shard[u].lo);
     rt_record(d->rank, RT_COMPUTE, &d->stepped);
-    d->stale = 0;
 }
 
 void dist_export(dist *d, size_t u, float *values) {
     size_t held = dist__held(d, u);
+    rt_event posted; /* new parameters may still be on their way */
+    rt_record(d->rank, RT_COMMUNICATION, &posted);
+    rt_wait(d->rank, RT_COMPUTE, &posted);
     if (held) vit_copy_out(&d->context, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));
 }
 
@@ -972,6 +1301,7 @@ static void dist__load_batch(dist *d, const void *images, const int32_t *labels,
 static void dist__forward_unit(dist *d, size_t u) {
     vit_activations *a = &d->activations;
     rt_block params = d->strategy->pre_forward(d, u);
+    dist__observe(d, "forward", u);
     vit_unit_forward(&d->context, &d->model->unit[u], params, u ? a->out[u - 1] : (rt_block){0}, a->out[u],
                      a->saved[u]);
     d->strategy->post_forward(d, u);
@@ -979,9 +1309,15 @@ static void dist__forward_unit(dist *d, size_t u) {
 
 static void dist__backward_unit(dist *d, size_t u) {
     vit_activations *a = &d->activations;
-    rt_block grads = d->strategy->pre_backward(d, u);
-    vit_unit_backward(&d->context, &d->model->unit[u], dist__params(d, u), grads,
-                      u ? a->out[u - 1] : (rt_block){0}, a->saved[u], a->gradient[(u + 1) % 2],
+    const vit_unit *unit = &d->model->unit[u];
+    rt_block in = u ? a->out[u - 1] : (rt_block){0};
+    dist_unit_blocks b = d->strategy->pre_backward(d, u);
+    if (vit_is_checkpointed(a, unit)) {
+        dist__observe(d, "recompute", u);
+        vit_unit_forward(&d->context, unit, b.params, in, (rt_block){0}, a->saved[u]);
+    }
+    dist__observe(d, "backward", u);
+    vit_unit_backward(&d->context, unit, b.params, b.grads, in, a->saved[u], a->gradient[(u + 1) % 2],
                       u > d->first_trained ? a->gradient[u % 2] : (rt_block){0});
     d->strategy->post_backward(d, u);
 }
@@ -992,7 +1328,7 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
                                    [VIT_BIAS_CORRECTION1] = 1 - pow(o->beta1, (double)t),
                                    [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t)};
     vit_copy_in(&d->context, d->scalars, scalars);
-    vit_fill_zero(&d->context, d->control);
+    vit_fill(&d->context, d->control, 0);
 }
 
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels,
@@ -1027,7 +1363,7 @@ void dist_forward(dist *d, const void *images, const int32_t *labels, float *log
         int64_t bad = 0;
         dist__forward_unit(d, u);
         if (!not_finite || *not_finite < d->model->units) continue;
-        vit_fill_zero(&d->context, d->control);
+        vit_fill(&d->context, d->control, 0);
         vit_sum_of_squares(&d->context, rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS),
                            d->activations.out[u]);
         vit_copy_out(&d->context, &bad, rt_slice(d->control, DIST__NORM + VIT_NORM_NOT_FINITE, 1));

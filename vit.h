@@ -179,7 +179,7 @@ typedef struct vit_device {
      * if not finite. */
     void (*gradient_factor)(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip);
 
-    void (*fill_zero)(rt_stream *s, rt_block x);
+    void (*fill)(rt_stream *s, rt_block x, int byte);  /* every byte of x = byte */
     void (*add)(rt_stream *s, rt_block x, rt_block y); /* x += y */
     /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by
      * element (fp32 or int64). A `to` may be one of `from`. Called by the rank that executes, on memory of
@@ -273,7 +273,8 @@ typedef struct vit_context {
 } vit_context;
 
 /* in [B, T, D] -> out [B, T, D]; the embedding has no in, the last block's out and the head's in are
- * [B, 1, D], the head's out is the logits [B, V]. */
+ * [B, 1, D], the head's out is the logits [B, V]. A block without out (no data) computes only what its
+ * backward needs. */
 void vit_unit_forward(const vit_context *c, const vit_unit *unit, rt_block params, rt_block in, rt_block out,
                       rt_block saved);
 /* Overwrites grads (padding excepted) and din; dout may be din's other name only where a unit has no din.
@@ -290,10 +291,14 @@ size_t vit_workspace_bytes(const vit_model *model, size_t B);
 /* -------------------------------------------------------------------------------------------- activations */
 
 /* The activations of one micro-batch of B images: what forward leaves for backward, and the batch itself. For
- * inference, without a backward to follow, two outputs in turn and one `saved` serve all units. */
+ * inference, without a backward to follow, two outputs in turn and one `saved` serve all units. With activation
+ * checkpointing (Chen et al. 2016, arXiv 1604.06174) blocks N, 2 N, ... of the chain share one `saved`: only
+ * their inputs stay, and the loop runs their forward again before their backward. (The embedding saves nothing,
+ * and the head's backward follows its forward at once.) */
 typedef struct vit_activations {
     size_t B;
     int inference;
+    size_t checkpoint_every; /* N; 0: no block */
     vit_batch batch;
     rt_block *out;        /* [units] output of each unit */
     rt_block *saved;      /* [units] */
@@ -303,7 +308,8 @@ typedef struct vit_activations {
 } vit_activations;
 
 int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *device, const vit_model *model,
-                         size_t B, int inference);
+                         size_t B, int inference, size_t checkpoint_every);
+int vit_is_checkpointed(const vit_activations *a, const vit_unit *unit);
 void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *model);
 
 /* -------------------------------------------------------------------------------------------- one replica */
@@ -340,7 +346,7 @@ void vit_logits(vit_replica *vit, void *logits);
  * the stream's clock. Units use those of the layers (private, below); dist.h uses these. */
 void vit_copy_in(const vit_context *c, rt_block to, const void *from);
 void vit_copy_out(const vit_context *c, void *to, rt_block from);
-void vit_fill_zero(const vit_context *c, rt_block x);
+void vit_fill(const vit_context *c, rt_block x, int byte);
 void vit_add(const vit_context *c, rt_block x, rt_block y);
 void vit_loss_accumulate(const vit_context *c, rt_block total);
 void vit_sum_of_squares(const vit_context *c, rt_block counters, rt_block x);
@@ -553,8 +559,8 @@ void vit_copy_out(const vit_context *c, void *to, rt_block from) {
     VIT__RUN(c, copy_out, RT_BLOCKS(from), RT_BLOCKS({0}), 0, vit__bytes(from), to, from);
 }
 
-void vit_fill_zero(const vit_context *c, rt_block x) {
-    VIT__RUN(c, fill_zero, RT_BLOCKS({0}), RT_BLOCKS(x), 0, vit__bytes(x), x);
+void vit_fill(const vit_context *c, rt_block x, int byte) {
+    VIT__RUN(c, fill, RT_BLOCKS({0}), RT_BLOCKS(x), 0, vit__bytes(x), x, byte);
 }
 
 void vit_add(const vit_context *c, rt_block x, rt_block y) {
@@ -788,6 +794,7 @@ static void vit__block_forward(const vit_context *c, const vit_unit *u, rt_block
 
     vit__layernorm_forward(c, s.norm, v.mean2, v.rstd2, v.middle, P(NORM2_WEIGHT), P(NORM2_BIAS), rows);
     vit__linear_forward(c, s.hidden, v.pre, s.norm, P(FC1_WEIGHT), P(FC1_BIAS), rows, D, m->F);
+    if (!out.data) return;
     vit__linear_forward(c, out, none, s.hidden, P(FC2_WEIGHT), P(FC2_BIAS), rows, m->F, D);
     vit__residual_forward(c, out, v.middle, out, Q, u->drop_path, vit__salt(u, 1));
 }
@@ -1016,15 +1023,27 @@ void vit_model_free(vit_model *m) {
 
 /* -------------------------------------------------------------------------------------------- activations */
 
-/* Whether unit u's output lies where that of unit u - 2 lay. The head's is of another shape. */
-static int vit__reuses_output(const vit_activations *a, const vit_model *m, size_t u) {
-    return a->inference && u >= 2 && u + 1 < m->units;
+int vit_is_checkpointed(const vit_activations *a, const vit_unit *unit) {
+    return !a->inference && a->checkpoint_every && unit->type == &vit__block &&
+           unit->index % a->checkpoint_every == 0;
+}
+
+/* Unit u's output, and what it saves, may lie where those of an earlier unit lay: which one's? u: nobody's.
+ * The head's output is of another shape. */
+static size_t vit__output_of(const vit_activations *a, const vit_model *m, size_t u) {
+    return a->inference && u >= 2 && u + 1 < m->units ? u - 2 : u;
+}
+
+static size_t vit__saved_of(const vit_activations *a, const vit_model *m, size_t u) {
+    if (a->inference) return 0;
+    return vit_is_checkpointed(a, &m->unit[u]) ? a->checkpoint_every : u;
 }
 
 int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *device, const vit_model *m,
-                         size_t B, int inference) {
+                         size_t B, int inference, size_t checkpoint_every) {
     *a = (vit_activations){.B = B,
                            .inference = inference,
+                           .checkpoint_every = checkpoint_every,
                            .out = calloc(m->units, sizeof(rt_block)),
                            .saved = calloc(m->units, sizeof(rt_block))};
     if (!a->out || !a->saved) {
@@ -1038,17 +1057,18 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
     a->batch.images = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, pixels, 1), 1);
     a->batch.labels = rt_alloc(rank, RT_ACTIVATIONS, RT_I32, B, 1);
     a->batch.sample_keys = rt_alloc(rank, RT_ACTIVATIONS, RT_U64, B, 1);
-    size_t most = 0; /* bytes that the neediest unit saves */
-    for (size_t u = 0; u < m->units; u++) {
+    for (size_t u = 0; u < m->units; u++) { /* room for the neediest of those that share it */
         size_t bytes = vit_unit_saved_bytes(m, device, &m->unit[u], B);
-        if (most < bytes) most = bytes;
+        rt_block *saved = &a->saved[vit__saved_of(a, m, u)];
+        if (saved->count < bytes) saved->count = bytes;
     }
     for (size_t u = 0; u < m->units && !rt_failed(rank); u++) {
         size_t count = vit_unit_output(m, &m->unit[u], B);
-        size_t bytes = inference ? most : vit_unit_saved_bytes(m, device, &m->unit[u], B);
-        a->out[u] = vit__reuses_output(a, m, u) ? rt_slice(a->out[u - 2], 0, count)
-                                                : rt_alloc(rank, RT_ACTIVATIONS, m->type, count, 1);
-        a->saved[u] = inference && u ? a->saved[0] : rt_alloc(rank, RT_ACTIVATIONS, RT_U8, bytes, 1);
+        size_t output = vit__output_of(a, m, u), saved = vit__saved_of(a, m, u);
+        a->out[u] = output < u ? rt_slice(a->out[output], 0, count)
+                               : rt_alloc(rank, RT_ACTIVATIONS, m->type, count, 1);
+        a->saved[u] =
+            saved < u ? a->saved[saved] : rt_alloc(rank, RT_ACTIVATIONS, RT_U8, a->saved[u].count, 1);
     }
     for (int i = 0; i < 2 && !inference; i++)
         a->gradient[i] = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, m->T, m->D), 1);
@@ -1059,8 +1079,8 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
 
 void vit_activations_free(vit_activations *a, rt_rank *rank, const vit_model *m) {
     for (size_t u = 0; u < m->units; u++) {
-        if (a->out && !vit__reuses_output(a, m, u)) rt_free(rank, RT_ACTIVATIONS, &a->out[u]);
-        if (a->saved && !(a->inference && u)) rt_free(rank, RT_ACTIVATIONS, &a->saved[u]);
+        if (a->out && vit__output_of(a, m, u) == u) rt_free(rank, RT_ACTIVATIONS, &a->out[u]);
+        if (a->saved && vit__saved_of(a, m, u) == u) rt_free(rank, RT_ACTIVATIONS, &a->saved[u]);
     }
     rt_block *blocks[] = {&a->batch.images, &a->batch.labels, &a->batch.sample_keys,
                           &a->gradient[0],  &a->gradient[1],  &a->losses};
@@ -1091,7 +1111,7 @@ static int vit__open(vit_replica *vit, const vit_config *config, const vit_devic
     for (size_t u = 0; u < m->units; u++) vit->offset[u + 1] = vit->offset[u] + m->unit[u].count;
     vit->parameters = rt_alloc(rank, RT_PARAMETERS, type, vit->offset[m->units], 1);
     vit->gradients = rt_alloc(rank, RT_GRADIENTS, type, vit->offset[m->units], 1);
-    if (rt_failed(rank) || vit_activations_init(&vit->activations, rank, device, m, B, 0))
+    if (rt_failed(rank) || vit_activations_init(&vit->activations, rank, device, m, B, 0, 0))
         return error_set(e, "%s", vit->world.error.text);
     vit->context = (vit_context){.rank = rank,
                                  .stream = RT_COMPUTE,

@@ -917,7 +917,7 @@ static void gradient_factor(rt_stream *s, rt_block scalars_, rt_block counters_,
 
 /* -------------------------------------------------------------------------------------- vector arithmetic */
 
-static void fill_zero(rt_stream *s, rt_block x) { memset(x.data, 0, x.count * rt_type_size(x.type)); }
+static void fill(rt_stream *s, rt_block x, int byte) { memset(x.data, byte, x.count * rt_type_size(x.type)); }
 
 static void add(rt_stream *s, rt_block x, rt_block y) {
     float *to = x.data;
@@ -1005,5 +1005,5 @@ const vit_device vit_cpu = {
     .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
     .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
-    .fill_zero = fill_zero, .add = add, .sum_buffers = sum_buffers,
+    .fill = fill, .add = add, .sum_buffers = sum_buffers,
 };

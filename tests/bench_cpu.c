@@ -194,7 +194,7 @@ static void step(bench *b, size_t in, size_t out) {
     (void)in, (void)out;
     vit_forward(&b->vit, b->images, b->labels);
     vit_backward(&b->vit);
-    vit_fill_zero(c, b->counters);
+    vit_fill(c, b->counters, 0);
     vit_sum_of_squares(c, b->counters, b->vit.gradients);
     vit_gradient_factor(c, b->scalars, b->counters, 1, 1);
     vit_adamw(c, b->vit.parameters, b->exp_avg, b->exp_avg_sq, b->vit.gradients, b->scalars, 0, 1, &o);

@@ -444,9 +444,9 @@ static void NAIVE_OP(gradient_factor)(rt_stream *s, rt_block scalars_, rt_block 
 
 /* --------------------------------------------------------------------------------------------------- sums */
 
-static void NAIVE_OP(fill_zero)(rt_stream *s, rt_block x) {
+static void NAIVE_OP(fill)(rt_stream *s, rt_block x, int byte) {
     (void)s;
-    memset(x.data, 0, x.count * rt_type_size(x.type));
+    memset(x.data, byte, x.count * rt_type_size(x.type));
 }
 
 static void NAIVE_OP(add)(rt_stream *s, rt_block x_, rt_block y_) {
@@ -498,7 +498,7 @@ static const vit_device NAIVE = {
     .sgd = NAIVE_OP(sgd),
     .sum_of_squares = NAIVE_OP(sum_of_squares),
     .gradient_factor = NAIVE_OP(gradient_factor),
-    .fill_zero = NAIVE_OP(fill_zero),
+    .fill = NAIVE_OP(fill),
     .add = NAIVE_OP(add),
     .sum_buffers = NAIVE_OP(sum_buffers),
 };

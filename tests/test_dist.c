@@ -44,7 +44,21 @@ static training *trained_as(training *t, const vit_config *config) {
 
 static training *trained(training *t) { return trained_as(t, &odd_config); }
 
-/* dp and ddp, any bucket size, 1 and 2 threads: every bit; single on the whole batch: within 1e-5. */
+/* What else must give the same bits: (strategy, units gathered ahead, kept from forward to backward, activation
+ * checkpointing of every Nth block). */
+static const struct {
+    const char *strategy;
+    size_t prefetch;
+    int keep;
+    size_t checkpoint_every;
+} variants[] = {{"dp", 0, 0, 0},    {"dp", 0, 0, 1},    {"ddp", 0, 0, 1},   {"ddp", 0, 0, 2},
+                {"zero1", 0, 0, 0}, {"zero1", 0, 0, 2}, {"zero2", 0, 0, 0}, {"zero2", 0, 0, 1},
+                {"zero3", 0, 0, 0}, {"zero3", 1, 0, 0}, {"zero3", 2, 0, 1}, {"zero3", 3, 0, 3},
+                {"zero3", 9, 0, 0}, {"zero3", 0, 1, 0}, {"zero3", 1, 1, 2}, {"zero3", 0, 0, 1}};
+enum { VARIANTS = sizeof variants / sizeof *variants };
+
+/* dp, ddp with any bucket size, ZeRO's stages, with activation checkpointing, prefetching and resharding or
+ * without, 1 and 2 threads: every bit; single on the whole batch: within 1e-5. */
 static void strategies_agree(void **state) {
     static const double buckets[] = {0, 0.004, 0.02, 25};
     (void)state;
@@ -53,10 +67,17 @@ static void strategies_agree(void **state) {
             for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
                 training *reference = trained(training_of("ddp", n, 3, accumulation, reduction));
                 for (int threads = 1; threads <= 2; threads++)
-                    for (size_t k = 0; k <= 4; k++) {
-                        training *t = training_of(k < 4 ? "ddp" : "dp", n, 3, accumulation, reduction);
+                    for (size_t k = 0; k < (threads == 1 ? 4 + VARIANTS : 5); k++) {
+                        const char *strategy = k < 4 ? "ddp" : variants[k - 4].strategy;
+                        training *t = training_of(strategy, n, 3, accumulation, reduction);
                         t->threads = threads;
-                        t->bucket_mb = k < 4 ? buckets[k] : 25;
+                        if (k < 4) {
+                            t->bucket_mb = buckets[k];
+                        } else {
+                            t->prefetch = variants[k - 4].prefetch;
+                            t->keep_after_forward = variants[k - 4].keep;
+                            t->checkpoint_every = variants[k - 4].checkpoint_every;
+                        }
                         assert_same_bits(trained(t), reference);
                         training_free(t);
                     }
@@ -123,7 +144,7 @@ static void evaluation_between_steps_changes_nothing(void **state) {
                  *t = training_of(i ? "dp" : "ddp", 3, 2, 1, 0);
         t->evaluate = 1;
         assert_same_bits(trained(t), plain);
-        for (int r = 0; r < 3 && !i; r++) /* dp's broadcast moves into the evaluation */
+        for (int r = 0; r < 3; r++)
             assert_memory_equal(t->traffic[r], plain->traffic[r], sizeof plain->traffic[r]);
         assert_int_equal(t->not_finite[1], plain->model.units);
         training_free(plain);
@@ -293,12 +314,25 @@ static void ranks_may_run_ahead(void **state) {
 
 /* ------------------------------------------------------------------------------------ schedule and ledger */
 
+/* Collectives alone, from the i-th thing that the rank did on. */
+static size_t next_call(const training *t, int r, size_t i) {
+    static const char *const others[] = {"forward", "recompute", "backward", "free", "step"};
+    for (size_t k = 0; i < t->calls[r] && k < 5; k++)
+        if (!strcmp(t->call[r][i].what, others[k])) i++, k = SIZE_MAX;
+    return i;
+}
+
 static size_t expect_call(const training *t, int r, size_t i, dist_op op, size_t elements, const char *unit) {
+    i = next_call(t, r, i);
     assert_true(i < t->calls[r]);
-    assert_string_equal(dist_op_name(t->call[r][i].op), dist_op_name(op));
+    assert_string_equal(t->call[r][i].what, dist_op_name(op));
     assert_int_equal(t->call[r][i].elements, elements);
     assert_string_equal(t->call[r][i].unit, unit);
     return i + 1;
+}
+
+static void expect_end(const training *t, int r, size_t i) {
+    assert_int_equal(next_call(t, r, i), t->calls[r]);
 }
 
 /* DDP: per step one all-reduce a bucket, from the head down, then the control; `every`: M times. */
@@ -323,14 +357,14 @@ static void ddp_schedule(void **state) {
                             }
                         i = expect_call(t, r, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
                     }
-                    assert_int_equal(i, t->calls[r]);
+                    expect_end(t, r, i);
                 }
                 training_free(t);
             }
 }
 
-/* DP: per step a broadcast of every unit, a reduce of every unit from the head down (`every`: M times), the
- * control. */
+/* DP: per step a reduce of every unit from the head down (`every`: M times), the control, and a broadcast of
+ * every unit for the next forward pass. */
 static void dp_schedule(void **state) {
     (void)state;
     for (int n = 1; n <= 3; n++)
@@ -341,16 +375,16 @@ static void dp_schedule(void **state) {
                 for (int r = 0; r < n; r++) {
                     size_t i = 0;
                     for (size_t step = 0; step < t->steps; step++) {
-                        for (size_t u = 0; u < m->units; u++)
-                            i = expect_call(t, r, i, DIST_BROADCAST, padded(m, u, (size_t)n),
-                                            m->unit[u].name);
                         for (size_t k = 0; k < (reduction == DIST_REDUCE_EVERY ? M : 1); k++)
                             for (size_t u = m->units; u-- > 0;)
                                 i = expect_call(t, r, i, DIST_REDUCE, padded(m, u, (size_t)n),
                                                 m->unit[u].name);
                         i = expect_call(t, r, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
+                        for (size_t u = 0; u < m->units; u++)
+                            i = expect_call(t, r, i, DIST_BROADCAST, padded(m, u, (size_t)n),
+                                            m->unit[u].name);
                     }
-                    assert_int_equal(i, t->calls[r]);
+                    expect_end(t, r, i);
                 }
                 training_free(t);
             }
@@ -359,9 +393,52 @@ static void dp_schedule(void **state) {
 static void single_communicates_nothing_but_control(void **state) {
     (void)state;
     training *t = trained(training_of("single", 1, 2, 3, 0));
-    assert_int_equal(t->calls[0], t->steps);
+    size_t i = 0;
+    for (size_t step = 0; step < t->steps; step++)
+        i = expect_call(t, 0, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
+    expect_end(t, 0, i);
     assert_true(t->traffic[0][DIST_CONTROL].wire_bytes == 0);
     training_free(t);
+}
+
+/* What the program prints beside the measured numbers is right: memory, traffic and the estimate without
+ * memory, for every strategy and setting. */
+static void formulas_match_what_is_measured(void **state) {
+    (void)state;
+    for (int frozen = 0; frozen < 2; frozen++)
+        for (int n = 1; n <= 4; n++)
+            for (size_t M = 1; M <= 2; M++)
+                for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++)
+                    for (size_t k = 0; k <= VARIANTS; k++) {
+                        vit_config config = odd_config;
+                        config.freeze_backbone = frozen;
+                        training *t =
+                            training_of(k < VARIANTS ? variants[k].strategy : "ddp", n, 2, M, reduction);
+                        t->steps = 2;
+                        t->optimizer = k % 2 ? DIST_SGD : DIST_ADAMW;
+                        t->bucket_mb = 0.015;
+                        if (k < VARIANTS) {
+                            t->prefetch = variants[k].prefetch;
+                            t->keep_after_forward = variants[k].keep;
+                            t->checkpoint_every = variants[k].checkpoint_every;
+                        }
+                        trained_as(t, &config);
+                        for (int r = 0; r < n; r++) {
+                            const dist_formula *f = &t->formula[r];
+                            double states =
+                                0; /* of all ranks: where a unit is frozen in part, shares differ */
+                            for (int q = 0; q < n; q++) states += (double)t->ledger[q].bytes[RT_OPTIMIZER];
+                            for (int c = 0; c < RT_CATEGORIES; c++)
+                                if (!isnan(f->bytes[c]) && (c != RT_OPTIMIZER || !frozen))
+                                    assert_true(f->bytes[c] == (double)t->ledger[r].bytes[c]);
+                            if (!strncmp(t->strategy, "zero", 4))
+                                assert_true(f->bytes[RT_OPTIMIZER] * n == states);
+                            for (int op = 0; op < DIST_OPS; op++)
+                                assert_true(f->elements[op] * (double)t->steps ==
+                                            (double)t->traffic[r][op].elements);
+                        }
+                        training_free(t);
+                    }
 }
 
 /* Bytes of parameters / gradients / optimizer: ddp 4P / 4P / 8P on every rank, dp 8P on the root alone, P
@@ -456,6 +533,7 @@ int main(void) {
         cmocka_unit_test(a_frozen_backbone_stays),
         cmocka_unit_test(dp_schedule),
         cmocka_unit_test(single_communicates_nothing_but_control),
+        cmocka_unit_test(formulas_match_what_is_measured),
         cmocka_unit_test(ledger_matches_the_formulas),
         cmocka_unit_test(buckets_follow_pytorch),
         cmocka_unit_test(impossible_options_are_errors),

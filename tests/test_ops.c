@@ -1308,7 +1308,7 @@ static void copies_zero_and_add_do_what_they_say(void **state) {
         assert_same_bits(x, host);
         b->device->copy_in(stream_of(b), y, host.data);
         assert_same_bits(y, host);
-        b->device->fill_zero(stream_of(b), x);
+        b->device->fill(stream_of(b), x, 0);
         fill(host, 0);
         assert_same_bits(x, host);
         release(RT_BLOCKS(x, y, host));

@@ -22,11 +22,10 @@ enum { MOST_RANKS = 5, MOST_CALLS = 4096 };
  * is blind) would be scaled up to the learning rate. This eps lies well above the rounding noise of 1e-9. */
 #define ADAM_EPS 1e-6
 
-/* One posted collective, as the observer saw it. */
+/* What a rank did, as the observer saw it. */
 typedef struct {
-    dist_op op;
+    char what[16], unit[32];
     size_t elements;
-    char unit[32];
 } seen_call;
 
 typedef struct {
@@ -37,16 +36,19 @@ typedef struct {
     double bucket_mb, clipping;
     dist_reduction reduction;
     dist_optimizer optimizer;
+    size_t prefetch, checkpoint_every;
+    int keep_after_forward;
     int evaluate;  /* after every step: a forward pass and a sum over the ranks */
     double poison; /* added to a pixel of rank 1's data at the last step */
     /* what came of it */
     double *losses, *norms; /* [steps] of rank 0; the other ranks' are compared with them */
-    float *weights;         /* all units of rank 0, whole */
+    float *weights;         /* all units, from the ranks that save them */
     size_t count;
     int failed;
     error_text error;
     char *table;
     rt_ledger ledger[MOST_RANKS];
+    dist_formula formula[MOST_RANKS];
     dist_traffic traffic[MOST_RANKS][DIST_OPS];
     seen_call call[MOST_RANKS][MOST_CALLS];
     size_t calls[MOST_RANKS];
@@ -70,14 +72,15 @@ static const vit_config odd_config = {.image_height = 7,
                                       .drop_path = 0.2,
                                       .label_smoothing = 0.1};
 
-static void observe_call(void *observer, const dist_call *call) {
+static void observe_call(void *observer, const char *what, const char *unit, size_t elements) {
     void **pair = observer;
     training *t = pair[0];
     size_t rank = (size_t)(uintptr_t)pair[1], i = t->calls[rank]++;
     if (i >= MOST_CALLS) return;
-    t->call[rank][i].op = call->op;
-    t->call[rank][i].elements = dist__elements(call);
-    snprintf(t->call[rank][i].unit, sizeof t->call[rank][i].unit, "%s", call->unit);
+    seen_call *c = &t->call[rank][i];
+    c->elements = elements;
+    snprintf(c->what, sizeof c->what, "%s", what);
+    snprintf(c->unit, sizeof c->unit, "%s", unit);
 }
 
 /* Sample number s of the data: pixels, label and key depend on s alone. */
@@ -114,6 +117,9 @@ static int train_rank(rt_rank *rank, void *argument) {
                       .bucket_size_mb = t->bucket_mb,
                       .reduction = t->reduction,
                       .optimizer = t->optimizer,
+                      .prefetch = t->prefetch,
+                      .keep_after_forward = t->keep_after_forward,
+                      .checkpoint_every = t->checkpoint_every,
                       .gradient_clipping = t->clipping,
                       .adamw = {.9, .999, ADAM_EPS, 0.05},
                       .sgd = {.9, 0.05},
@@ -121,6 +127,7 @@ static int train_rank(rt_rank *rank, void *argument) {
     if (dist_open(&d, &comm, m, &o, &e)) {
         if (!rt_failed(rank)) rt_fail(rank, "%s", e.text);
     } else {
+        t->formula[r] = dist_formula_of(&d);
         for (size_t u = 0; u < m->units; u++) {
             float *values = calloc(m->unit[u].count, sizeof *values);
             vit_unit_initialise(&m->unit[u], 5, values);
@@ -152,7 +159,7 @@ static int train_rank(rt_rank *rank, void *argument) {
             }
         }
         size_t offset = 0;
-        for (size_t u = 0; u < m->units && r == 0 && t->weights; offset += m->unit[u++].count)
+        for (size_t u = 0; u < m->units && d.saves && t->weights; offset += m->unit[u++].count)
             dist_export(&d, u, t->weights + offset);
     }
     memcpy(t->traffic[r], comm.traffic, sizeof comm.traffic);
