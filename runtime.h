@@ -100,7 +100,7 @@ typedef struct {
 } rt_ledger;
 
 /* A zeroed block of device memory that the ledger counts, with `tracks` pieces for the checker (at least 1).
- * A block without data and a failed world when the device has no more. */
+ * A block without data and a failed world, with the ledger as its table, when the device has no more. */
 rt_block rt_alloc(struct rt_rank *rank, rt_category category, rt_type type, size_t count, size_t tracks);
 
 /* Gives back what rt_alloc gave (the block itself, not a slice of it). No collective may be pending on it,
@@ -144,10 +144,11 @@ typedef struct rt_world {
     pthread_cond_t changed;
     atomic_int failed; /* once set every operation and wait of every rank returns at once */
     int failed_rank;
-    error_text error; /* the first failure, one line */
-    char *table;      /* a table that explains it, several lines, or NULL */
-    int executing;    /* ranks that execute a collective on the memory of all, under the lock */
-    void *transport;  /* told when a rank leaves, with the lock held */
+    error_text error;  /* the first failure, one line */
+    char *table;       /* a table that explains it, several lines, or NULL */
+    int out_of_memory; /* it was a failed allocation */
+    int executing;     /* ranks that execute a collective on the memory of all, under the lock */
+    void *transport;   /* told when a rank leaves, with the lock held */
     void (*on_leave)(void *transport, rt_rank *rank);
 } rt_world;
 
@@ -407,6 +408,25 @@ const char *rt_category_name(rt_category category) {
     return names[category];
 }
 
+/* The first failure of the world is that this rank gets no more memory. */
+static void rt__out_of_memory(rt_rank *rank, rt_category category, size_t bytes) {
+    rt_world *w = rank->world;
+    const rt_ledger *l = &rank->ledger;
+    pthread_mutex_lock(&w->lock);
+    size_t size = 64 * (RT_CATEGORIES + 2), used = 0;
+    if (!atomic_load(&w->failed) && (w->table = malloc(size))) {
+        w->out_of_memory = 1;
+        used = (size_t)snprintf(w->table, size, "%-16s %14s\n", "memory, bytes", "in use");
+        for (int c = 0; c < RT_CATEGORIES; c++)
+            used += (size_t)snprintf(w->table + used, size - used, "%-16s %14zu\n",
+                                     rt_category_name((rt_category)c), l->bytes[c]);
+        snprintf(w->table + used, size - used, "%-16s %14zu\n", "total", l->total_bytes);
+    }
+    pthread_mutex_unlock(&w->lock);
+    rt_fail(rank, "rank %d: out of memory: %zu bytes more for %s, %zu in use", rank->rank, bytes,
+            rt_category_name(category), l->total_bytes);
+}
+
 rt_block rt_alloc(rt_rank *rank, rt_category category, rt_type type, size_t count, size_t tracks) {
     rt_ledger *l = &rank->ledger;
     size_t bytes;
@@ -417,8 +437,7 @@ rt_block rt_alloc(rt_rank *rank, rt_category category, rt_type type, size_t coun
     if (!b.data || !b.track) {
         if (b.data) rank->release(rank, b.data, bytes);
         free(b.track);
-        rt_fail(rank, "rank %d: out of memory: %zu bytes more for %s, %zu in use", rank->rank, bytes,
-                rt_category_name(category), l->total_bytes);
+        rt__out_of_memory(rank, category, bytes);
         return (rt_block){.type = type};
     }
     l->bytes[category] += bytes;

@@ -17,6 +17,7 @@
 #include "data/dataset.h"
 #include "data/loader.h"
 #include "io/metrics.h"
+#include "report.h"
 #include "train_options.h"
 
 #include <sys/utsname.h>
@@ -39,6 +40,8 @@ typedef struct run {
     model_card card;
     size_t ranks, global_batch, steps_per_epoch, steps;
     dist_hub *hub;
+    int out_of_memory;   /* why the ranks failed */
+    schedule *schedules; /* [ranks] of the first step, with --print-schedule; each rank writes its own */
 } run;
 
 /* -------------------------------------------------------------------------------------------- preparation */
@@ -198,7 +201,10 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > n ? cores / n : 1;
     if (o->strategy < 0) o->strategy = n > 1 ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
     if (o->backend < 0) o->backend = CHOICE_BACKEND_LOCAL;
-    if (o->gradient_reduction < 0) o->gradient_reduction = CHOICE_REDUCTION_LAST;
+    const dist_strategy *strategy = dist_strategy_named(options_choice(&train_table, o, &o->strategy).text);
+    if (o->gradient_reduction < 0)
+        o->gradient_reduction =
+            strategy->reduction == DIST_REDUCE_LAST ? CHOICE_REDUCTION_LAST : CHOICE_REDUCTION_EVERY;
     if (o->learning_rate != o->learning_rate) o->learning_rate = recipes[kind].learning_rate;
     if (o->batch_size == SIZE_MAX) o->batch_size = n < 64 ? 64 / n : 1;
     if (r->command == COMMAND_PREDICT && !given(r, &o->batch_size)) /* no more blanks than need be */
@@ -229,9 +235,6 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     r->format.crop_pct = model_card_crop_pct(&r->card);
     r->format.filter = r->card.transform.bilinear ? RESIZE_BILINEAR : RESIZE_BICUBIC;
     r->format.squash = r->card.transform.squash;
-    if (o->strategy == CHOICE_STRATEGY_SINGLE && n > 1)
-        return error_set(e, "strategy single runs on one rank, found --nproc-per-node %zu; choose dp or ddp",
-                         n);
     if (r->command != COMMAND_TRAIN) return 0;
     if (size_multiply(o->batch_size, M, &r->global_batch) ||
         size_multiply(r->global_batch, n, &r->global_batch) || r->global_batch > r->train.count)
@@ -249,6 +252,40 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     return 0;
 }
 
+/* The options as dist.h wants them. */
+static dist_options distribution(const run *r) {
+    const train_options *o = &r->o;
+    size_t counts = 5 + 3 * r->model.V, totals = r->ranks * (2 * RT_CATEGORIES + 1 + 3 * DIST_OPS);
+    const dist_strategy *s = dist_strategy_named(options_choice(&train_table, o, &o->strategy).text);
+    return (dist_options){.strategy = s->name,
+                          .batch_size = o->batch_size,
+                          .accumulation = o->gradient_accumulation_steps,
+                          .bucket_size_mb = o->bucket_size_mb,
+                          .reduction = o->gradient_reduction == CHOICE_REDUCTION_LAST ? DIST_REDUCE_LAST
+                                                                                      : DIST_REDUCE_EVERY,
+                          .prefetch = o->prefetch,
+                          .keep_after_forward = !o->reshard_after_forward,
+                          .checkpoint_every = o->activation_checkpointing,
+                          .optimizer = o->optimizer == CHOICE_OPTIMIZER_ADAMW ? DIST_ADAMW : DIST_SGD,
+                          .adamw = {o->beta1, o->beta2, o->eps, o->weight_decay},
+                          .sgd = {o->momentum, o->weight_decay},
+                          .gradient_clipping = o->gradient_clipping,
+                          .layer_decay = o->layer_decay,
+                          .inference = r->command != COMMAND_TRAIN,
+                          .counts = counts > totals ? counts : totals};
+}
+
+/* What cannot fit is refused at once: a system that promises memory that it has not kills who uses it. */
+static int prepare_memory(run *r, error_text *e) {
+    dist_options d = distribution(r);
+    double needed, has = report_available_bytes();
+    if (report_needed_bytes(&vit_cpu, &r->model, &d, (int)r->ranks, &needed, e)) return -1;
+    r->out_of_memory = needed > has;
+    if (!r->out_of_memory) return 0;
+    return error_set(e, "out of memory: %zu rank%s of strategy %s need %.3f GB, of %.3f GB that there is",
+                     r->ranks, r->ranks > 1 ? "s" : "", d.strategy, 1e-9 * needed, 1e-9 * has);
+}
+
 static int prepare(run *r, error_text *e) {
     train_options *o = &r->o;
     dataset_kind kind = DATASET_IMAGEFOLDER; /* what predict is given: images in files */
@@ -261,7 +298,7 @@ static int prepare(run *r, error_text *e) {
     else if (prepare_data(r, kind, e))
         return -1;
     return prepare_plan(r, kind, e) || vit_model_init(&r->model, &r->config, RT_FP32, e) ||
-                   (r->loaded && model_source_check(&r->source, &r->model, e))
+                   (r->loaded && model_source_check(&r->source, &r->model, e)) || prepare_memory(r, e)
                ? -1
                : 0;
 }
@@ -651,6 +688,15 @@ static int log_step(trainer *t, size_t step, size_t epoch, const dist_result *re
     return log_line(t, line);
 }
 
+/* Once all ranks have made the first step. */
+static int print_schedule(trainer *t) {
+    int64_t none = 0;
+    t->comm.observe = NULL;
+    dist_sum(&t->d, &none, 1); /* what the others noted is there */
+    if (is_first(t) && !rt_failed(t->rank)) schedule_print(stdout, t->r->schedules, t->r->ranks);
+    return rt_failed(t->rank) ? -1 : 0;
+}
+
 /* The steps of an epoch up to `last`; *step counts those that are done. The loader has their batches. */
 static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
     const run *r = t->r;
@@ -669,7 +715,7 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
             dist_micro_batch(&t->d, m, batch->images, batch->labels, batch->keys);
         }
         dist_end_step(&t->d, &result);
-        if (rt_failed(t->rank)) return -1;
+        if (rt_failed(t->rank) || (t->comm.observe && print_schedule(t))) return -1;
         ++*step;
         if (result.bad_losses || !isfinite(result.gradient_norm))
             return explain_not_finite(t, steps, *step, &result);
@@ -733,8 +779,16 @@ static int log_totals(trainer *t, size_t steps) {
         own[MEMORY + 3 * op + 1] = (int64_t)t->comm.traffic[op].elements;
         own[MEMORY + 3 * op + 2] = llround(t->comm.traffic[op].wire_bytes);
     }
+    dist_traffic traffic[DIST_OPS];
+    memcpy(traffic, t->comm.traffic, sizeof traffic);
     dist_sum(&t->d, all, N * LENGTH);
     int failed = rt_failed(t->rank);
+    if (is_first(t) && !failed && !t->r->o.quiet) {
+        dist_formula formula = dist_formula_of(&t->d);
+        fprintf(stderr, "rank 0 of %zu:\n", N);
+        report_memory(stderr, &t->rank->ledger, &formula);
+        report_traffic(stderr, traffic, steps, &formula);
+    }
     for (size_t k = 0; k < N && is_first(t) && !failed; k++) {
         const int64_t *x = all + LENGTH * k;
         cJSON *line = metrics_line("memory");
@@ -843,6 +897,10 @@ static int train_loop(trainer *t) {
         if (metrics_open(&t->metrics, path, &e)) return rt_fail(t->rank, "%s", e.text);
         if (log_start(t)) return -1;
     }
+    if (r->schedules) {
+        t->comm.observer = &r->schedules[t->rank->rank];
+        t->comm.observe = schedule_observe;
+    }
     t->started = rt_seconds();
     for (; step < r->steps; t->epoch++)
         if (train_epoch(t, &step)) return -1;
@@ -869,21 +927,7 @@ static int rank_body(rt_rank *rank, void *argument) {
     rank->threads = (int)o->threads_per_rank;
     if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, (vit_matmul)o->matmul, &e))
         return rt_fail(rank, "%s", e.text);
-    size_t counts = 5 + 3 * V, totals = r->ranks * (2 * RT_CATEGORIES + 1 + 3 * DIST_OPS);
-    quoted strategy = options_choice(&train_table, o, &o->strategy);
-    dist_options d = {.strategy = strategy.text,
-                      .batch_size = B,
-                      .accumulation = o->gradient_accumulation_steps,
-                      .bucket_size_mb = o->bucket_size_mb,
-                      .reduction = o->gradient_reduction == CHOICE_REDUCTION_LAST ? DIST_REDUCE_LAST
-                                                                                  : DIST_REDUCE_EVERY,
-                      .optimizer = o->optimizer == CHOICE_OPTIMIZER_ADAMW ? DIST_ADAMW : DIST_SGD,
-                      .adamw = {o->beta1, o->beta2, o->eps, o->weight_decay},
-                      .sgd = {o->momentum, o->weight_decay},
-                      .gradient_clipping = o->gradient_clipping,
-                      .layer_decay = o->layer_decay,
-                      .inference = r->command != COMMAND_TRAIN,
-                      .counts = counts > totals ? counts : totals};
+    dist_options d = distribution(r);
     t.order = calloc(r->train.count + 1, sizeof *t.order);
     t.logits = calloc(B, V * sizeof *t.logits);
     t.losses = calloc(B, sizeof *t.losses);
@@ -953,6 +997,7 @@ static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char
         error_set(e, "out of memory for %zu ranks", r->ranks);
     if (failed && r->hub) *e = world.error;
     if (world.table) *table = strdup(world.table);
+    r->out_of_memory = world.out_of_memory;
     dist_hub_free(r->hub);
     rt_world_free(&world);
     return failed;
@@ -1118,7 +1163,10 @@ int main(int argc, char **argv) {
             status = 2;
         } else if (!prepare(r, &e) && (!training || !prepare_output(r, &e))) {
             show_notes(r);
-            status = run_ranks(r, rank_body, &e, &table) ? 1 : 0;
+            if (training && r->o.print_schedule && !(r->schedules = calloc(r->ranks, sizeof *r->schedules)))
+                error_set(&e, "out of memory");
+            else
+                status = run_ranks(r, rank_body, &e, &table) ? 1 : 0;
         }
     }
     if (!status && (fflush(stdout) || ferror(stdout)))
@@ -1128,6 +1176,12 @@ int main(int argc, char **argv) {
     if (status) /* on a terminal: in place of a progress line */
         fprintf(stderr, "%strain: error: %s\n%s", isatty(STDERR_FILENO) ? "\r\033[K" : "", e.text,
                 table ? table : "");
+    if (status && r->out_of_memory) {
+        dist_options d = distribution(r);
+        report_advice(stderr, &vit_cpu, &r->model, &d, (int)r->ranks, report_available_bytes());
+    }
+    for (size_t i = 0; r->schedules && i < r->ranks; i++) free(r->schedules[i].entry);
+    free(r->schedules);
     dataset_free(&r->train);
     dataset_free(&r->val);
     model_source_close(&r->source);

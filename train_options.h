@@ -61,9 +61,9 @@ typedef struct {
 
     /* distribution */
     int strategy, device, backend, gradient_reduction, matmul, precision;
-    size_t nproc_per_node, rendezvous_port, prefetch, threads_per_rank;
+    size_t nproc_per_node, rendezvous_port, prefetch, activation_checkpointing, threads_per_rank;
     double timeout, bucket_size_mb;
-    bool reshard_after_forward, activation_checkpointing;
+    bool reshard_after_forward, print_schedule;
     option_text deepspeed_config;
 
     /* simulation */
@@ -182,7 +182,7 @@ static const option train_option_list[] = {
 
     {"distribution", "strategy", OPTION_CHOICE, FIELD(strategy),
      .note = "single for one rank, else ddp", .choices = "single|dp|ddp|zero1|zero2|zero3|fsdp",
-     .later = "zero1|zero2|zero3|fsdp", .help = "what each rank holds and when ranks communicate"},
+     .help = "what each rank holds and when ranks communicate"},
     {"distribution", "nproc-per-node", OPTION_SIZE, FIELD(nproc_per_node), .range = "[1, 4096]",
      .preset = "1", .help = "ranks that the program starts itself"},
     {"distribution", "device", OPTION_CHOICE, FIELD(device), .preset = "cpu", .choices = "cpu|cuda",
@@ -199,13 +199,15 @@ static const option train_option_list[] = {
      .note = "every for zero2 and zero3, else last", .choices = "last|every",
      .help = "after which micro-batch of a step ranks add their gradients"},
     {"distribution", "prefetch", OPTION_SIZE, FIELD(prefetch), .range = "[0, inf)", .preset = "1",
-     .not_built_yet = true, .help = "zero3: units gathered ahead"},
+     .help = "zero3: units gathered ahead"},
     {"distribution", "reshard-after-forward", OPTION_SWITCH, FIELD(reshard_after_forward),
-     .preset = "true", .not_built_yet = true,
+     .preset = "true",
      .help = "zero3: free gathered units between forward and backward"},
-    {"distribution", "activation-checkpointing", OPTION_SWITCH, FIELD(activation_checkpointing),
-     .preset = "false", .not_built_yet = true,
-     .help = "recompute activations in backward; =N: of every Nth unit"},
+    {"distribution", "activation-checkpointing", OPTION_INTERVAL, FIELD(activation_checkpointing),
+     .preset = "false", .range = COUNT,
+     .help = "compute the activations of blocks again in backward; N: of every Nth block"},
+    {"distribution", "print-schedule", OPTION_SWITCH, FIELD(print_schedule), .preset = "false",
+     .help = "print what each rank gathers, sends and frees in the first step"},
     {"distribution", "matmul", OPTION_CHOICE, FIELD(matmul), .preset = "auto",
      .choices = "auto|own|openblas", .help = "matrix product on the CPU"},
     {"distribution", "precision", OPTION_CHOICE, FIELD(precision), .preset = "fp32",

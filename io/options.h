@@ -6,7 +6,8 @@
  *     if (options_parse(&table, argc, argv, &v, &e)) ...      // v.limit, options_given(&table, &v, &v.limit)
  *
  * Names, types, defaults and limits stand in the table and nowhere else; this file knows none by name.
- * An option is "--name value" or "--name=value", a switch "--name" or "--no-name"; the last of several wins.
+ * An option is "--name value" or "--name=value", a switch "--name" or "--no-name", an interval a switch that
+ * may have a number; the last of several wins.
  * The same names are the keys of a JSON object; null there means "not given". An option without a default is
  * unset until somebody gives or derives its value: "", -1 for a choice, SIZE_MAX, NAN, count 0, height 0.
  * Whole numbers are below 2^53, so that JSON carries them exactly. Left out: short names, abbreviations.
@@ -30,13 +31,14 @@ typedef struct {
 } option_extent;
 
 typedef enum {
-    OPTION_TEXT,    /* option_text: UTF-8 */
-    OPTION_CHOICE,  /* int: which of the choices */
-    OPTION_SIZE,    /* size_t */
-    OPTION_NUMBER,  /* double, finite */
-    OPTION_SWITCH,  /* bool */
-    OPTION_NUMBERS, /* option_numbers: "a" or "a,b,c" */
-    OPTION_EXTENT   /* option_extent: "N" or "HxW" */
+    OPTION_TEXT,     /* option_text: UTF-8 */
+    OPTION_CHOICE,   /* int: which of the choices */
+    OPTION_SIZE,     /* size_t */
+    OPTION_NUMBER,   /* double, finite */
+    OPTION_SWITCH,   /* bool */
+    OPTION_INTERVAL, /* size_t: of every Nth of something; "true" is 1, "false" 0 */
+    OPTION_NUMBERS,  /* option_numbers: "a" or "a,b,c" */
+    OPTION_EXTENT    /* option_extent: "N" or "HxW" */
 } option_type;
 
 typedef struct {
@@ -187,6 +189,7 @@ static inline void option_expected(const option *o, char text[256]) {
                                         [OPTION_SIZE] = "a whole number in ",
                                         [OPTION_NUMBER] = "a number in ",
                                         [OPTION_SWITCH] = "true or false",
+                                        [OPTION_INTERVAL] = "none, or a whole number in ",
                                         [OPTION_NUMBERS] = "one number or three (a,b,c) in ",
                                         [OPTION_EXTENT] = "N or HxW, whole numbers in "};
     snprintf(text, 256, "%s%s", forms[o->type], o->choices ? o->choices : o->range ? o->range : "");
@@ -240,6 +243,13 @@ static inline int option_read(const option *o, const char *prefix, const char *t
         *(bool *)field = strcmp(text, "true") == 0;
         if (*(bool *)field || strcmp(text, "false") == 0) end = text + length;
         break;
+    case OPTION_INTERVAL:
+        *(size_t *)field = strcmp(text, "true") == 0;
+        if (*(size_t *)field || strcmp(text, "false") == 0)
+            end = text + length;
+        else
+            end = option_read_size(text, o->range, field);
+        break;
     case OPTION_NUMBERS:
         end = option_read_number(text, o->range, &list->values[0]);
         for (list->count = 1; end && *end == ',' && list->count < 3; list->count++)
@@ -291,6 +301,9 @@ static inline cJSON *option_to_json(const option_table *table, const option *o, 
     case OPTION_NUMBER:
         return isfinite(*(const double *)field) ? json_number(*(const double *)field) : cJSON_CreateNull();
     case OPTION_SWITCH: return cJSON_CreateBool(*(const bool *)field);
+    case OPTION_INTERVAL:
+        if (*(const size_t *)field < 2) return cJSON_CreateBool(*(const size_t *)field == 1);
+        return json_number((double)*(const size_t *)field);
     case OPTION_NUMBERS:
         if (list->count == 0) return cJSON_CreateNull();
         cJSON *array = cJSON_CreateArray();
@@ -325,7 +338,7 @@ static inline int options_unknown(const option_table *table, const char *where, 
                                   const char *dashes, const char *name, size_t length, error_text *e) {
     option_nearest nearest = {.typed = name, .typed_length = length};
     for (const option *o = table->options; o < table->options + table->count; o++)
-        if (strcmp(dashes, "--no-") != 0 || o->type == OPTION_SWITCH)
+        if (strcmp(dashes, "--no-") != 0 || o->type == OPTION_SWITCH || o->type == OPTION_INTERVAL)
             option_offer(&nearest, dashes, o->name, strlen(o->name));
     if (*dashes) options_offer_commands(table, &nearest); /* somebody types --help */
     return error_set(e, "%sunknown option %s, did you mean %s?", where, typed.text, nearest.text);
@@ -336,7 +349,8 @@ static inline int options_unknown(const option_table *table, const char *where, 
 static inline const char *option_text_of_json(const option *o, const cJSON *value, char buffer[128]) {
     bool text = o->type == OPTION_TEXT || o->type == OPTION_CHOICE || o->type == OPTION_EXTENT;
     if (cJSON_IsString(value) && text) return value->valuestring;
-    if (cJSON_IsBool(value) && o->type == OPTION_SWITCH) return cJSON_IsTrue(value) ? "true" : "false";
+    bool on_or_off = o->type == OPTION_SWITCH || o->type == OPTION_INTERVAL;
+    if (cJSON_IsBool(value) && on_or_off) return cJSON_IsTrue(value) ? "true" : "false";
     if (cJSON_IsNumber(value) && o->type >= OPTION_SIZE && o->type != OPTION_SWITCH) {
         json_format(buffer, value->valuedouble);
         return buffer;
@@ -358,11 +372,14 @@ static inline const char *option_text_of_json(const option *o, const cJSON *valu
 /* One member of a configuration file; of_run: one that a run wrote. */
 static inline int option_from_json(const option_table *table, const cJSON *member, const char *where,
                                    bool of_run, void *values, error_text *e) {
-    static const size_t sizes[] = {
-        [OPTION_TEXT] = sizeof(option_text),    [OPTION_CHOICE] = sizeof(int),
-        [OPTION_SIZE] = sizeof(size_t),         [OPTION_NUMBER] = sizeof(double),
-        [OPTION_SWITCH] = sizeof(bool),         [OPTION_NUMBERS] = sizeof(option_numbers),
-        [OPTION_EXTENT] = sizeof(option_extent)};
+    static const size_t sizes[] = {[OPTION_TEXT] = sizeof(option_text),
+                                   [OPTION_CHOICE] = sizeof(int),
+                                   [OPTION_SIZE] = sizeof(size_t),
+                                   [OPTION_NUMBER] = sizeof(double),
+                                   [OPTION_SWITCH] = sizeof(bool),
+                                   [OPTION_INTERVAL] = sizeof(size_t),
+                                   [OPTION_NUMBERS] = sizeof(option_numbers),
+                                   [OPTION_EXTENT] = sizeof(option_extent)};
     const char *name = member->string;
     const option *o = options_find(table, name, strlen(name));
     if (!o) return options_unknown(table, where, quote(name, SIZE_MAX), "", name, strlen(name), e);
@@ -418,7 +435,8 @@ static inline int option_from_arguments(const option_table *table, int argc, cha
     const char *typed = argv[*i], *name = typed + strspn(typed, "-");
     bool dashes = name == typed + 2;
     size_t length = strcspn(name, "=");
-    const char *text = name[length] ? name + length + 1 : NULL, *prefix = "--";
+    const char *text = name[length] ? name + length + 1 : NULL, *prefix = "--",
+               *next = *i + 1 < argc ? argv[*i + 1] : NULL;
     quoted shown = quote(typed, (size_t)(name - typed) + length);
     const option *o = dashes ? options_find(table, name, length) : NULL;
     if (!o && strncmp(name, "no-", 3) == 0) {
@@ -429,7 +447,10 @@ static inline int option_from_arguments(const option_table *table, int argc, cha
     }
     if (!o) return options_unknown(table, "", shown, prefix, name, length, e);
     if (o->not_built_yet) return error_set(e, "%s is not built yet", shown.text);
-    if (o->type == OPTION_SWITCH) {
+    if (o->type == OPTION_INTERVAL && (!text || strcmp(prefix, "--") == 0)) {
+        int off = strcmp(prefix, "--no-") == 0, number = !off && next && *next >= '0' && *next <= '9';
+        if (!text) text = off ? "false" : number ? argv[++*i] : "true";
+    } else if (o->type == OPTION_SWITCH || o->type == OPTION_INTERVAL) {
         if (text)
             return error_set(e, "%s: found the value '%s', expected none: --%s or --no-%s", shown.text,
                              quote(text, SIZE_MAX).text, o->name, o->name);
@@ -437,7 +458,7 @@ static inline int option_from_arguments(const option_table *table, int argc, cha
     } else if (strcmp(prefix, "--") != 0) {
         return error_set(e, "%s: found --no- before an option with a value, expected --%s", shown.text,
                          o->name);
-    } else if (!text && *i + 1 < argc && strncmp(argv[*i + 1], "--", 2) != 0) {
+    } else if (!text && next && strncmp(next, "--", 2) != 0) {
         text = argv[++*i];
     } else if (!text) {
         char expected[256];
@@ -527,8 +548,9 @@ static inline void option_print(FILE *out, const option *o) {
     if (o->later) snprintf(later, sizeof later, " (not built yet: %s)", o->later);
     snprintf(words, sizeof words, "%s%s%s%s%s%s", o->help, o->choices ? ": " : "",
              o->choices ? o->choices : "", preset, later, o->not_built_yet ? " (not built yet)" : "");
-    int column = o->type == OPTION_SWITCH ? fprintf(out, "  --[no-]%s", o->name)
-                                          : fprintf(out, "  --%s %s", o->name, value);
+    int column = o->type == OPTION_SWITCH     ? fprintf(out, "  --[no-]%s", o->name)
+                 : o->type == OPTION_INTERVAL ? fprintf(out, "  --[no-]%s[=N]", o->name)
+                                              : fprintf(out, "  --%s %s", o->name, value);
     options_print_words(out, (size_t)column, words);
 }
 

@@ -54,10 +54,10 @@ static void test_table_is_consistent(void **state) {
         assert_ptr_equal(options_find(&train_table, o->name, strlen(o->name)), o); /* no name twice */
         assert_true(o->help && *o->help);
         bool number = o->type == OPTION_SIZE || o->type == OPTION_NUMBER || o->type == OPTION_NUMBERS ||
-                      o->type == OPTION_EXTENT;
+                      o->type == OPTION_EXTENT || o->type == OPTION_INTERVAL;
         assert_int_equal(o->range != NULL, number);
         assert_int_equal(o->choices != NULL, o->type == OPTION_CHOICE);
-        if (o->type == OPTION_SWITCH) assert_non_null(o->preset);
+        if (o->type == OPTION_SWITCH || o->type == OPTION_INTERVAL) assert_non_null(o->preset);
         const char *later = o->later, *piece;
         for (size_t length; (piece = option_next_choice(&later, &length));)
             assert_true(option_choice_index(o->choices, quote(piece, length).text) >= 0);
@@ -131,6 +131,10 @@ static void test_every_documented_option_is_there(void **state) {
                            "backend",
                            "bucket-size-mb",
                            "gradient-reduction",
+                           "prefetch",
+                           "reshard-after-forward",
+                           "activation-checkpointing",
+                           "print-schedule",
                            "matmul",
                            "precision",
                            "threads-per-rank",
@@ -142,25 +146,9 @@ static void test_every_documented_option_is_there(void **state) {
                            "keep-checkpoints",
                            "quiet",
                            "config"};
-    const char *later[] = {"mixup",
-                           "cutmix",
-                           "rendezvous-port",
-                           "timeout",
-                           "prefetch",
-                           "reshard-after-forward",
-                           "activation-checkpointing",
-                           "deepspeed-config",
-                           "cluster",
-                           "nodes",
-                           "sweep",
-                           "straggler",
-                           "delay",
-                           "jitter",
-                           "json",
-                           "resume",
-                           "trace",
-                           "trace-ranks",
-                           "strategies"};
+    const char *later[] = {"mixup",  "cutmix", "rendezvous-port", "timeout",   "deepspeed-config", "cluster",
+                           "nodes",  "sweep",  "straggler",       "delay",     "jitter",           "json",
+                           "resume", "trace",  "trace-ranks",     "strategies"};
     assert_int_equal(train_table.count, COUNT(built) + COUNT(later));
     char word[64], message[128];
     for (size_t i = 0; i < COUNT(built); i++) {
@@ -261,11 +249,7 @@ static void test_choices_and_constants_agree(void **state) {
         const char *option, *name;
         int expected;
     } later[] = {
-        {"strategy", "zero1", CHOICE_STRATEGY_ZERO1},
         {"augmentation", "imagenet", CHOICE_AUGMENTATION_IMAGENET},
-        {"strategy", "zero2", CHOICE_STRATEGY_ZERO2},
-        {"strategy", "zero3", CHOICE_STRATEGY_ZERO3},
-        {"strategy", "fsdp", CHOICE_STRATEGY_FSDP},
         {"device", "cuda", CHOICE_DEVICE_CUDA},
         {"backend", "tcp", CHOICE_BACKEND_TCP},
         {"backend", "mpi", CHOICE_BACKEND_MPI},
@@ -396,12 +380,14 @@ static void test_bad_command_lines(void **state) {
          "--strategy: found 'ddpp', expected one of single|dp|ddp|zero1|zero2|zero3|fsdp; did you mean ddp"},
         {{"--dataset=mnist|cifar10"}, "--dataset: found 'mnist|cifar10', expected one of auto|digits|"},
         {{"--dataset="}, "--dataset: found '', expected one of auto|digits|"},
-        {{"--strategy", "zero2"}, "--strategy zero2 is not built yet"},
+        {{"--device", "cuda"}, "--device cuda is not built yet"},
+        {{"--activation-checkpointing=0"},
+         "--activation-checkpointing: found '0', expected none, or a whole number in [1, inf)"},
+        {{"--activation-checkpointing=x"}, "--activation-checkpointing: found 'x', expected none, or"},
+        {{"--no-activation-checkpointing=2"}, "--no-activation-checkpointing: found the value '2'"},
         {{"--mixup", "0.8"}, "--mixup is not built yet"},
         {{"--mixup"}, "--mixup is not built yet"},
         {{"--mixup=0"}, "--mixup is not built yet"},
-        {{"--no-reshard-after-forward"}, "--no-reshard-after-forward is not built yet"},
-        {{"--activation-checkpointing=2"}, "--activation-checkpointing is not built yet"},
         {{"compare"}, "compare is not built yet"},
         {{"simulate", "--nodes=2"}, "simulate is not built yet"},
         {{"plan"}, "plan is not built yet"},
@@ -515,21 +501,50 @@ static void test_configuration_of_a_run(void **state) {
     assert_string_equal(p->o.config, "");
 }
 
+/* A switch that may have a number, from the command line and to and from JSON. */
+static void test_intervals(void **state) {
+    const struct {
+        const char *words[3];
+        size_t expected;
+        const char *json;
+    } cases[] = {
+        {{"--quiet"}, 0, "false"},
+        {{"--activation-checkpointing"}, 1, "true"},
+        {{"--activation-checkpointing", "--quiet"}, 1, "true"},
+        {{"--activation-checkpointing", "3"}, 3, "3"},
+        {{"--activation-checkpointing=4"}, 4, "4"},
+        {{"--activation-checkpointing=4", "--no-activation-checkpointing"}, 0, "false"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        size_t count = 0;
+        while (count < 3 && cases[i].words[count]) count++;
+        parsed *p = parse_words(*state, count, cases[i].words);
+        assert_int_equal(p->failed, 0);
+        assert_int_equal(p->o.activation_checkpointing, cases[i].expected);
+        const option *o = options_of_field(&train_table, &p->o, &p->o.activation_checkpointing);
+        cJSON *json = option_to_json(&train_table, o, &p->o);
+        char *text = cJSON_PrintUnformatted(json), configuration[64];
+        assert_string_equal(text, cases[i].json);
+        snprintf(configuration, sizeof configuration, "{\"activation-checkpointing\": %s}", text);
+        free(text);
+        cJSON_Delete(json);
+        p = parse_words(*state, 0, NULL);
+        assert_int_equal(parse_text(p, configuration), 0);
+        assert_int_equal(p->o.activation_checkpointing, cases[i].expected);
+    }
+    assert_int_equal(parse_text(parse_words(*state, 0, NULL), "{\"activation-checkpointing\": 0}"), -1);
+}
+
 static void test_configuration_knows_what_is_not_built(void **state) {
     parsed *p = parse_words(*state, 0, NULL);
-    if (parse_text(
-            p, "{\"mixup\": 0, \"prefetch\": 1, \"reshard-after-forward\": true, \"trace\": false,"
-               " \"activation-checkpointing\": false, \"cluster\": null, \"format\": null, \"nodes\": 1}"))
+    if (parse_text(p, "{\"mixup\": 0, \"trace\": false, \"cluster\": null, \"format\": null, \"nodes\": 1}"))
         fail_msg("%s", p->e.text);
     const char *const texts[][2] = {
         {"{\"mixup\": 0.8}", "f.json: mixup is not built yet"},
-        {"{\"prefetch\": 2}", "f.json: prefetch is not built yet"},
-        {"{\"reshard-after-forward\": false}", "f.json: reshard-after-forward is not built yet"},
-        {"{\"activation-checkpointing\": 4}", "f.json: activation-checkpointing is not built yet"},
         {"{\"cluster\": \"p5\"}", "f.json: cluster is not built yet"},
         {"{\"trace\": true}", "f.json: trace is not built yet"},
         {"{\"resume\": \"auto\"}", "f.json: resume is not built yet"},
-        {"{\"strategy\": \"zero3\"}", "f.json: strategy zero3 is not built yet"},
+        {"{\"device\": \"cuda\"}", "f.json: device cuda is not built yet"},
     };
     for (size_t i = 0; i < COUNT(texts); i++) {
         assert_int_equal(parse_text(p, texts[i][0]), -1);
@@ -673,7 +688,9 @@ static void test_help_shows_every_option_within_110_columns(void **state) {
     char *text = help_text(NULL), part[128];
     for (size_t i = 0; i < train_table.count; i++) {
         const option *o = &train_table.options[i];
-        snprintf(part, sizeof part, o->type == OPTION_SWITCH ? "\n  --[no-]%s " : "\n  --%s ", o->name);
+        snprintf(part, sizeof part, "\n  --%s%s%s",
+                 o->type == OPTION_SWITCH || o->type == OPTION_INTERVAL ? "[no-]" : "", o->name,
+                 o->type == OPTION_INTERVAL ? "[=N]\n" : " "); /* the one interval is too long for one line */
         char *found = strstr(text, part);
         if (!found) {
             fail_msg("no %s", o->name);
@@ -736,6 +753,7 @@ int main(void) {
         TEST(test_commands_and_arguments),
         TEST(test_flat_configuration),
         TEST(test_configuration_of_a_run),
+        TEST(test_intervals),
         TEST(test_configuration_knows_what_is_not_built),
         TEST(test_bad_configurations),
         TEST(test_command_line_wins_over_the_file),

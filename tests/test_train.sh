@@ -378,7 +378,7 @@ helps() {
     $train --help | cmp - "$work/help"
     $train -h | cmp - "$work/help"
     for option in $(jq -r '.options | keys[]' "$work/config/config.json"); do
-        grep -q -e "--$option \|--\[no-\]$option " "$work/help" || echo "help lacks --$option"
+        grep -q -e "--$option \|--\[no-\]$option\( \|\[\)" "$work/help" || echo "help lacks --$option"
     done
     $train help model | awk 'NR > 1 { print $1, $2, $3, $4, $5, $6, $7 }' | sort >"$work/models"
     jq -r '.models[] | [.name, .image_size, .patch_size, .embed_dim, .depth, .num_heads, .parameters]
