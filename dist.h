@@ -869,7 +869,7 @@ static void dist__update(dist *d) {
     dist__collective(d, DIST_CONTROL, d->control, d->control, "step", ready, &d->control_done);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
-    if (d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
+    if (owned && d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
     for (size_t u = 0; u < d->model->units; u++) {
         const vit_unit *unit = &d->model->unit[u];
         dist__optimize(d, unit, 0, unit->classifier, u);
@@ -948,12 +948,9 @@ static void dist__refresh(dist *d) {
     rt_record(d->rank, RT_COMPUTE, &d->stepped);
     for (size_t u = d->first_trained; u < d->model->units; u++) {
         rt_block p = dist__params(d, u), none = {0};
-        dist__collective(d, d->strategy->refresh,
-                         gathers ? d->shard[u].param
-                         : root  ? p
-                                 : none,
-                         gathers || !root ? p : none, d->model->unit[u].name,
-                         gathers || root ? &d->stepped : NULL, &d->arrived[u]);
+        rt_block from = gathers ? d->shard[u].param : root ? p : none, to = gathers || !root ? p : none;
+        dist__collective(d, d->strategy->refresh, from, to, d->model->unit[u].name,
+                         from.count ? &d->stepped : NULL, &d->arrived[u]);
     }
 }
 
@@ -1047,6 +1044,7 @@ static int zero3_open(dist *d, error_text *e) {
     d->parameter_slot = calloc(d->slots, sizeof *d->parameter_slot);
     d->slot_of = calloc(n, sizeof *d->slot_of);
     if (!d->parameter_slot || !d->slot_of) return rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
+    if (rt_failed(d->rank)) return -1;
     for (size_t i = 0; i < d->slots; i++) { /* of units that stay: each has its own */
         rt_block *b = &d->parameter_slot[i].block;
         *b = rt_slice(d->gathered, keep ? d->offset[i] : i * size, keep ? dist__padded(d, i) : size);

@@ -74,7 +74,9 @@ static inline void schedule_print(FILE *out, const schedule *s, size_t ranks) {
                 "communication", "compute");
         for (size_t i = 0; i < s[r].count; i++) {
             const schedule_entry *e = &s[r].entry[i];
-            if (schedule_computes(e))
+            if (!strcmp(e->what, "step"))
+                fprintf(out, "%5zu  %-38s  %-10s %-10s %11zu\n", i + 1, "", e->what, e->unit, e->elements);
+            else if (schedule_computes(e))
                 fprintf(out, "%5zu  %-38s  %-10s %s\n", i + 1, "", e->what, e->unit);
             else
                 fprintf(out, "%5zu  %-15s %-10s %11zu\n", i + 1, e->what, e->unit, e->elements);
