@@ -110,6 +110,13 @@ static inline void report_traffic(FILE *out, const dist_traffic traffic[DIST_OPS
                     traffic[op].wire_bytes / n);
 }
 
+/* The most bytes of the machine's memory that this process, with all its ranks, has had. */
+static inline uint64_t report_resident_peak_bytes(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return 1024 * (uint64_t)usage.ru_maxrss;
+}
+
 /* Bytes that this process may have: the machine's memory, or less where a limit is set (ulimit -v, or the
  * control group of a container). */
 static inline double report_available_bytes(void) {

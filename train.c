@@ -911,6 +911,7 @@ static int train_loop(trainer *t) {
     metrics_add(line, "seconds", seconds);
     metrics_add(line, "images_per_s", (double)(step * r->global_batch) / seconds);
     metrics_add(line, "best_val_accuracy", t->best_accuracy);
+    metrics_add_count(line, "resident_peak_bytes", report_resident_peak_bytes());
     if (log_line(t, line)) return -1;
     printf("validation accuracy %.4f (best %.4f) after %zu steps, %.1f s\nresults: %s\n", t->last_accuracy,
            t->best_accuracy, step, seconds, r->o.output_dir);
