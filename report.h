@@ -1,4 +1,4 @@
-/* report.h - what a run says of itself in tables: the schedule of a step, memory and traffic beside the formulas,
+/* report.h - what a run says of itself in tables: the schedule of a step, memory and traffic beside formulas,
  * and what would have fitted when memory ran out.
  *
  *     schedule s = {0};
