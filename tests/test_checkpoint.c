@@ -78,7 +78,12 @@ static int job_rank(rt_rank *rank, void *argument) {
         dist_import(&d, u, values);
         free(values);
     }
-    if (!failed && j->to) failed = checkpoint_save(&d, j->to, &card, &e);
+    if (!failed && j->to) {
+        checkpoint_state s = {.global_batch = 1, .batch_size = 1, .accumulation = 1, .ranks = 1};
+        s.options = cJSON_CreateObject();
+        failed = checkpoint_save(&d, j->to, &card, &s, &e);
+        checkpoint_state_free(&s);
+    }
     if (failed && *e.text) rt_fail(rank, "%s", e.text);
     for (size_t u = 0; u < j->model.units && rank->rank == 0 && !failed; offset += j->model.unit[u++].count)
         dist_export(&d, u, j->weights + offset);
@@ -213,7 +218,7 @@ static void a_reloaded_model_is_bit_identical(void **state) {
         assert_int_equal(size, again);
         assert_memory_equal(bytes, other, size);
         free(other);
-        remove("other/model.safetensors"), remove("other/config.json"), rmdir("other");
+        assert_int_equal(remove_tree("other"), 0);
     }
     job written = {.strategy = "single", .ranks = 1, .seed = 7};
     assert_int_equal(run(&written), 0);
@@ -612,13 +617,19 @@ static void nothing_is_left_in_a_folder_that_cannot_be_written(void **state) {
     assert_int_equal(chmod("locked", 0755), 0);
 }
 
-/* A folder of that name is there already: it stays as it was. */
-static void an_existing_checkpoint_is_not_replaced(void **state) {
+/* A run that was resumed further back comes by again; and what killed runs left is in nobody's way. */
+static void an_existing_checkpoint_is_replaced(void **state) {
     (void)state;
     save("single", 1, 1, "step-00000001");
-    assert_not_saved("step-00000001", "cannot be renamed to step-00000001");
-    assert_holds("step-00000001", 1);
+    make_directory("step-00000001.tmp");
+    write_text("step-00000001.tmp/trainer_state.json.tmp", "half a");
+    write_text("step-00000001.tmp/preprocessor_config.json", "left");
+    make_directory("step-00000001.replaced");
+    write_text("step-00000001.replaced/model.safetensors", "left");
+    save("ddp", 2, 2, "step-00000001");
+    assert_holds("step-00000001", 2);
     assert_int_equal(entries_of("."), 1);
+    assert_int_equal(entries_of("step-00000001"), 4);
 }
 
 /* ------------------------------------------------------------------------------------------------ pruning */
@@ -632,6 +643,10 @@ static void make_steps(int count) {
         write_text(path, "{}");
         snprintf(path, sizeof path, "run/step-%08d/model.safetensors", i);
         write_text(path, "x");
+        snprintf(path, sizeof path, "run/step-%08d/optimizer.safetensors", i);
+        write_text(path, "x");
+        snprintf(path, sizeof path, "run/step-%08d/trainer_state.json", i);
+        write_text(path, "{}");
     }
 }
 
@@ -653,8 +668,14 @@ static void pruning_keeps_best_and_latest(void **state) {
     write_text("run/latest", "step-00000005");
     write_text("run/other", "not a step");
     make_directory("run/step-00000000.tmp");
+    make_directory("run/step-00000006.replaced"); /* killed before the new one had taken the name */
+    write_text("run/step-00000006.replaced/model.safetensors", "x");
+    make_directory("run/step-00000005.replaced"); /* and after */
+    write_text("run/step-00000005.replaced/model.safetensors", "x");
     checkpoint_prune("run", 9, "step-00000001", "step-00000005");
-    assert_steps("1 2 3 4 5");
+    assert_steps("1 2 3 4 5 6");
+    assert_true(exists("run/step-00000006/model.safetensors"));
+    assert_int_equal(remove_tree("run/step-00000006"), 0);
     checkpoint_prune("run", 4, "", "step-00000005"); /* no evaluation yet: no best */
     assert_steps("2 3 4 5");
     checkpoint_prune("run", 3, "step-00000002", "step-00000005");
@@ -663,7 +684,8 @@ static void pruning_keeps_best_and_latest(void **state) {
     assert_steps("2 5");
     checkpoint_prune("run", 1, "step-00000005", "step-00000005");
     assert_steps("5");
-    assert_true(exists("run/latest") && exists("run/other") && exists("run/step-00000000.tmp"));
+    assert_true(exists("run/latest") && exists("run/other"));
+    assert_int_equal(entries_of("run"), 3);
     checkpoint_prune("nowhere", 1, "", "");
 }
 
@@ -685,7 +707,7 @@ int main(void) {
         TEST(nothing_is_left_when_there_is_no_room),
         TEST(nothing_is_left_below_a_file),
         TEST(nothing_is_left_in_a_folder_that_cannot_be_written),
-        TEST(an_existing_checkpoint_is_not_replaced),
+        TEST(an_existing_checkpoint_is_replaced),
         TEST(pruning_keeps_best_and_latest),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
