@@ -2,7 +2,7 @@
  * Face's transformers open them (pretrained.h reads them); and step folders, from which training goes on.
  *
  *     model_card card = {mean, std, label_names, classes};
- *     if (checkpoint_save(&d, "runs/first/checkpoints/step-00000123", &card, &state, &e)) ...   // as every rank
+ *     if (checkpoint_save(&d, "runs/first/checkpoints/step-00000123", &card, &state, &e)) ... // every rank
  *     if (model_source_export(&s, &model, "vit-hf", MODEL_HF, &card, &e)) ...   // of a checked source
  *
  *     if (checkpoint_newest("runs/first/checkpoints", &model, DIST_ADAMW, folder, say, arg, &e)) ...
@@ -17,8 +17,8 @@
  * one rename, after all is on disk.
  *
  * Names beside a step folder: "step-N.tmp" comes into being or is being deleted and is worth nothing;
- * "step-N.replaced" is whole, the former step-N while a new one takes its name. A folder whose name has no dot
- * is complete at every moment.
+ * "step-N.replaced" is whole, the former step-N while a new one takes its name. A folder whose name has no
+ * dot is complete at every moment.
  */
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
@@ -156,7 +156,7 @@ static inline cJSON *card__preprocessor(const vit_config *c, const model_card *c
     return root;
 }
 
-/* ---------------------------------------------------------------------------------------- files of tensors */
+/* --------------------------------------------------------------------------------------- files of tensors */
 
 /* All files that a folder may have; indices of model_files and model_writer.path. */
 enum { FILE_MODEL, FILE_OPTIMIZER, FILE_CONFIG, FILE_PREPROCESSOR, FILE_STATE, MODEL_FILES };
@@ -380,7 +380,7 @@ static inline void model_writer_free(model_writer *w) {
     if (w->created) checkpoint__delete(w->aside);
 }
 
-/* ---------------------------------------------------------------------------------------- the trainer's state */
+/* ------------------------------------------------------------------------------------ the trainer's state */
 
 /* Where training stands: trainer_state.json. */
 typedef struct checkpoint_state {
@@ -571,9 +571,9 @@ static inline int checkpoint__sum(dist *d, model_writer *w, error_text *e) {
     return failed;
 }
 
-/* Writes all that is needed to go on: the weights, in timm's format, the optimizer's states and where training
- * stands. Every rank must call it; *s is rank 0's. A folder of that name is replaced. On failure nothing is
- * left of the new one, and the ranks that did not cause it find e->text empty. */
+/* Writes all that is needed to go on: the weights, in timm's format, the optimizer's states and where
+ * training stands. Every rank must call it; *s is rank 0's. A folder of that name is replaced. On failure
+ * nothing is left of the new one, and the ranks that did not cause it find e->text empty. */
 static inline int checkpoint_save(dist *d, const char *folder, const model_card *card,
                                   const checkpoint_state *s, error_text *e) {
     model_writer w = {0};
@@ -618,7 +618,8 @@ static inline int checkpoint__check_sums(const safetensors *f, const cJSON *sums
             return st_error(e, f->path, t->name, "found checksum %s, expected %s: it is damaged", text,
                             quote(item->valuestring, SIZE_MAX).text);
         if (not_finite)
-            return st_error(e, f->path, t->name, "found a NaN or an infinity, expected finite %s", "numbers");
+            return st_error(e, f->path, t->name,
+                            "found a NaN or an infinity in %zu elements, expected finite numbers", t->count);
     }
     if (f->count == (size_t)cJSON_GetArraySize(sums)) return 0;
     return error_set(e, "%s: found %zu tensors, expected %d by %s", f->path, f->count,
@@ -726,9 +727,9 @@ static inline int checkpoint__check(const char *folder, const vit_model *m, dist
     return failed;
 }
 
-/* Can training of this model with this optimizer go on from a step folder? Its files must be whole, agree with
- * their checksums, be finite, and be of exactly this model. The message names the first file and tensor that is
- * damaged, or else the first tensor of the chain's order that differs. For one thread; reads all of it. */
+/* Can training of this model with this optimizer go on from a step folder? Its files must be whole, agree
+ * with their checksums, be finite, and be of exactly this model. The message names the first file and tensor
+ * that is damaged, or else the first tensor of the chain's order that differs. For one thread; reads all. */
 static inline int checkpoint_check(const char *folder, const vit_model *m, dist_optimizer optimizer,
                                    error_text *e) {
     int other;
@@ -764,8 +765,8 @@ static inline void checkpoint__tidy(const char *checkpoints) {
 }
 
 /* The step folder of the highest number under `checkpoints` that passes checkpoint_check; "": there is none.
- * Why a newer one was passed over, say(arg, why) hears. One that is whole but of another model is an error. For
- * one thread, while nobody saves. */
+ * Why a newer one was passed over, say(arg, why) hears. One that is whole but of another model is an error.
+ * For one thread, while nobody saves. */
 static inline int checkpoint_newest(const char *checkpoints, const vit_model *m, dist_optimizer optimizer,
                                     char folder[CHECKPOINT_PATH], void (*say)(void *, const char *why),
                                     void *arg, error_text *e) {

@@ -892,6 +892,37 @@ static void a_flipped_bit_is_found(void **state) {
     vit_model_free(&m);
 }
 
+/* With a checksum that says so. */
+static void numbers_that_are_not_finite_are_refused(void **state) {
+    (void)state;
+    vit_model m;
+    error_text e;
+    safetensors f;
+    size_t size;
+    float infinite = -INFINITY;
+    assert_int_equal(vit_model_init(&m, &odd_config, RT_FP32, &e), 0);
+    save("single", 1, 1, "step-1");
+    assert_int_equal(safetensors_open("step-1/optimizer.safetensors", &f, &e), 0);
+    const st_tensor *t = safetensors_find(&f, "exp_avg.norm.bias");
+    int fd = open("step-1/optimizer.safetensors", O_RDWR);
+    assert_int_equal(pwrite(fd, &infinite, 4, (off_t)t->offset + 8), 4);
+    close(fd);
+    assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+    assert_message(&e, "tensor 'exp_avg.norm.bias': found checksum ", NULL);
+    char *text = read_text("step-1/trainer_state.json", &size);
+    char expected[17];
+    snprintf(expected, sizeof expected, "%s", strstr(e.text, "expected ") + 9);
+    char *at = strstr(text, expected);
+    assert_non_null(at);
+    memcpy(at, strstr(e.text, "found checksum ") + 15, 16);
+    write_text("step-1/trainer_state.json", text);
+    assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+    assert_message(&e, "tensor 'exp_avg.norm.bias': found a NaN or an infinity", NULL);
+    free(text);
+    safetensors_close(&f);
+    vit_model_free(&m);
+}
+
 /* A copy that stopped: inside of each tensor in turn, and in the header. */
 static void a_half_copied_file_is_found(void **state) {
     (void)state;
@@ -1102,6 +1133,7 @@ int main(void) {
         TEST(the_state_survives_bit_for_bit),
         TEST(a_faulty_state_is_refused),
         TEST(a_flipped_bit_is_found),
+        TEST(numbers_that_are_not_finite_are_refused),
         TEST(a_half_copied_file_is_found),
         TEST(another_model_is_told_from_damage),
         TEST(the_newest_whole_checkpoint_is_found),
