@@ -257,6 +257,11 @@ int dist_estimate(const vit_device *device, const vit_model *model, const dist_o
 void dist_import(dist *d, size_t u, const float *values);
 void dist_export(dist *d, size_t u, float *values);
 
+/* Optimizer state i of unit u (0: exp_avg or SGD's momentum, 1: exp_avg_sq), as with parameters: takes and gives
+ * [lo, trained) of this rank's shard, without the padding between ranks, of `values` [unit->count]. */
+void dist_import_state(dist *d, size_t u, int i, const float *values);
+void dist_export_state(dist *d, size_t u, int i, float *values);
+
 typedef struct dist_result {
     double loss;          /* mean over the global batch, before the update */
     double gradient_norm; /* of the mean loss, before clipping */
@@ -276,7 +281,7 @@ void dist_end_step(dist *d, dist_result *result);
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,
                   size_t *not_finite);
 
-/* Sums n integers over all ranks, in place; every rank must call it. */
+/* Sums n integers over all ranks, in place, modulo 2^64; every rank must call it. */
 void dist_sum(dist *d, int64_t *values, size_t n);
 
 #endif /* DIST_H */
@@ -1288,6 +1293,23 @@ void dist_export(dist *d, size_t u, float *values) {
     rt_record(d->rank, RT_COMMUNICATION, &posted);
     rt_wait(d->rank, RT_COMPUTE, &posted);
     if (held) vit_copy_out(&d->context, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));
+}
+
+/* The elements of a state that stand for the unit's own. */
+static rt_block dist__state(const dist *d, size_t u, int i) {
+    rt_block state = d->shard[u].state[i];
+    size_t held = dist__held(d, u);
+    return rt_slice(state, 0, state.count < held ? state.count : held);
+}
+
+void dist_import_state(dist *d, size_t u, int i, const float *values) {
+    rt_block state = dist__state(d, u, i);
+    if (state.count) vit_copy_in(&d->context, state, values + d->shard[u].lo);
+}
+
+void dist_export_state(dist *d, size_t u, int i, float *values) {
+    rt_block state = dist__state(d, u, i);
+    if (state.count) vit_copy_out(&d->context, values + d->shard[u].lo, state);
 }
 
 static void dist__load_batch(dist *d, const void *images, const int32_t *labels, const uint64_t *keys) {

@@ -616,7 +616,21 @@ static int write_checkpoint(trainer *t, size_t step) {
     snprintf(name, sizeof name, "step-%08zu", step);
     if (snprintf(folder, sizeof folder, "%s/checkpoints/%s", o->output_dir, name) >= CHECKPOINT_PATH)
         return rt_fail(t->rank, "%.200s...: found too long a path", o->output_dir);
-    if (checkpoint_save(&t->d, folder, &t->r->card, &e)) /* without a message another rank has one */
+    checkpoint_state state = {.step = step,
+                              .epoch = t->epoch,
+                              .global_batch = t->r->global_batch,
+                              .batch_size = o->batch_size,
+                              .accumulation = o->gradient_accumulation_steps,
+                              .ranks = t->r->ranks,
+                              .last_accuracy = t->last_accuracy,
+                              .best_accuracy = t->best_accuracy,
+                              .best_saved = t->best_saved,
+                              .evaluated = t->evaluated,
+                              .options = options_to_json(&train_table, o)};
+    snprintf(state.best, sizeof state.best, "%s", t->best);
+    int failed = checkpoint_save(&t->d, folder, &t->r->card, &state, &e);
+    checkpoint_state_free(&state);
+    if (failed) /* without a message another rank has one */
         return rt_failed(t->rank) || !*e.text ? -1 : rt_fail(t->rank, "%s", e.text);
     if (!is_first(t)) return 0;
     int best = t->evaluated == step && t->last_accuracy > t->best_saved;

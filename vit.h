@@ -182,7 +182,7 @@ typedef struct vit_device {
     void (*fill)(rt_stream *s, rt_block x, int byte);  /* every byte of x = byte */
     void (*add)(rt_stream *s, rt_block x, rt_block y); /* x += y */
     /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by
-     * element (fp32 or int64). A `to` may be one of `from`. Called by the rank that executes, on memory of
+     * element (fp32 or int64, which wraps). A `to` may be one of `from`. Called by the rank that executes, on memory of
      * all ranks. */
     void (*sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from);
 } vit_device;
