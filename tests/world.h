@@ -220,4 +220,32 @@ static training *training_of(const char *strategy, int ranks, size_t batch, size
     return t;
 }
 
+static inline training *trained_as(training *t, const vit_config *config) {
+    train_world(t, config);
+    if (t->failed)
+        print_message("%s x %d: %s\n%s", t->strategy, t->ranks, t->error.text, t->table ? t->table : "");
+    assert_false(t->failed);
+    return t;
+}
+
+static inline training *trained(training *t) { return trained_as(t, &odd_config); }
+
+static inline void assert_same_bits(const training *a, const training *b) {
+    assert_false(a->failed || b->failed);
+    assert_memory_equal(a->losses, b->losses, a->steps * sizeof *a->losses);
+    assert_memory_equal(a->norms, b->norms, a->steps * sizeof *a->norms);
+    assert_memory_equal(a->weights, b->weights, a->count * sizeof *a->weights);
+}
+
+/* Elements of unit u on n ranks as DESIGN pads them: every tensor to a multiple of 16, the unit to one of 16 n. */
+static inline size_t padded(const vit_model *m, size_t u, size_t n) {
+    size_t count = 0;
+    for (size_t t = 0; t < m->unit[u].tensors; t++) {
+        size_t elements = 1;
+        for (size_t i = 0; i < m->unit[u].tensor[t].dims; i++) elements *= m->unit[u].tensor[t].shape[i];
+        count += (elements + 15) / 16 * 16;
+    }
+    return (count + 16 * n - 1) / (16 * n) * (16 * n);
+}
+
 #endif
