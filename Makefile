@@ -12,7 +12,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
-TESTS   := $(PARSERS) checkpoint pretrained runtime ops model dist schedule waits
+TESTS   := $(PARSERS) checkpoint pretrained runtime ops model dist schedule memory waits
 SCRIPTS := example mismatch train images errors
 FUZZERS := options safetensors idx cifar image
 

@@ -10,7 +10,7 @@
 
 enum { CONTROL = 2 + 2 * 640 + 1, STEPS = 2 }; /* loss and bad losses; two counters an exponent, one of NaN */
 
-/* ------------------------------------------------------------------------------------------------ the plan */
+/* ----------------------------------------------------------------------------------------------- the plan */
 
 /* What one rank is expected to do, filled in by the functions below. */
 typedef struct {
@@ -51,8 +51,8 @@ static size_t trained_elements(const plan *p, size_t u) {
     return u + 1 < p->m->units ? 0 : (V * D + 15) / 16 * 16 + (V + 15) / 16 * 16;
 }
 
-/* The control all-reduce, then the optimizer on what the rank owns: `cut` ranks own an equal part each, or all
- * of them (cut 1) everything. */
+/* The control all-reduce, then the optimizer on what the rank owns: `cut` ranks own an equal part each, or
+ * all of them (cut 1) everything. */
 static void expect_update(plan *p, size_t cut) {
     size_t owned = 0;
     for (size_t u = 0; u < p->m->units; u++) {
@@ -86,8 +86,8 @@ static void plan_dp(plan *p) {
     for (size_t u = p->first; u < p->m->units; u++) expect_unit(p, "broadcast", u);
 }
 
-/* One all-reduce a bucket, as soon as the gradient of its last unit is there: a unit is added, then the bucket
- * closes if it holds bucket_size_mb (the first one: at most 1 MiB). */
+/* One all-reduce a bucket, as soon as the gradient of its last unit is there: a unit is added, then the
+ * bucket closes if it holds bucket_size_mb (the first one: at most 1 MiB). */
 static void plan_ddp(plan *p) {
     for (size_t k = 0; k < p->M; k++) {
         for (size_t u = 0; u < p->m->units; u++) expect_unit(p, "forward", u);
@@ -177,7 +177,7 @@ static void assert_planned(const training *t, void (*strategy)(plan *)) {
     }
 }
 
-/* -------------------------------------------------------------------------------------- what never happens */
+/* ------------------------------------------------------------------------------------- what never happens */
 
 static size_t unit_of(const training *t, const char *name) {
     size_t u = 0;
@@ -186,9 +186,9 @@ static size_t unit_of(const training *t, const char *name) {
     return u;
 }
 
-/* ZeRO-3: a unit is used only while it is gathered; it is gathered only when it is not, and freed as often; no
- * more than prefetch + 1 are gathered at once (all, where they stay); between a recomputation and its backward
- * nothing happens, so that both share one gather; between steps nothing is gathered. */
+/* ZeRO-3: a unit is used only while it is gathered; it is gathered only when it is not, and freed as
+ * often; no more than prefetch + 1 are gathered at once (all, where they stay); between a recomputation
+ * and its backward nothing happens, so that both share one gather; between steps nothing is gathered. */
 static void assert_gathered_when_used(const training *t) {
     for (int r = 0; r < t->ranks; r++) {
         int here[16] = {0};
@@ -217,7 +217,7 @@ static void assert_gathered_when_used(const training *t) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------- volumes */
+/* ------------------------------------------------------------------------------------------------ volumes */
 
 /* Elements and bytes on the wire of each collective in all steps, from the papers: P elements, padding
  * included, of which `trained` have gradients; F forward and R reductions a step. */
@@ -248,7 +248,7 @@ static void assert_volumes(const training *t) {
         }
 }
 
-/* ------------------------------------------------------------------------------------------------ settings */
+/* ----------------------------------------------------------------------------------------------- settings */
 
 typedef struct {
     const char *strategy;
@@ -258,8 +258,8 @@ typedef struct {
     int keep_after_forward;
 } setting;
 
-/* A setting with every number of ranks and micro-batches, either reduction, activation checkpointing of no, every
- * and every second block, a frozen backbone or none. */
+/* A setting with every number of ranks and micro-batches, either reduction, activation checkpointing of
+ * no, every and every second block, a frozen backbone or none. */
 static void check(const setting *s, int least, int most) {
     for (int n = least; n <= most; n++)
         for (size_t M = 1; M <= 3; M++)
@@ -336,8 +336,8 @@ static void fsdp_is_zero3(void **state) {
     for (int i = 0; i < 2; i++) training_free(t[i]);
 }
 
-/* Without --gradient-reduction single, dp, ddp and zero1 reduce at the last micro-batch, zero2 and zero3 at every
- * one. (With single both are the same.) */
+/* Without --gradient-reduction single, dp, ddp and zero1 reduce at the last micro-batch, zero2 and zero3
+ * at every one. (With single both are the same.) */
 static void defaults_of_the_reduction(void **state) {
     static const setting settings[] = {{"dp", plan_dp, 0, 0, 0},
                                        {"ddp", plan_ddp, 0, 0, 0},

@@ -237,7 +237,8 @@ static inline void assert_same_bits(const training *a, const training *b) {
     assert_memory_equal(a->weights, b->weights, a->count * sizeof *a->weights);
 }
 
-/* Elements of unit u on n ranks as DESIGN pads them: every tensor to a multiple of 16, the unit to one of 16 n. */
+/* Elements of unit u on n ranks as DESIGN pads them: every tensor to a multiple of 16, the unit to one of
+ * 16 n. */
 static inline size_t padded(const vit_model *m, size_t u, size_t n) {
     size_t count = 0;
     for (size_t t = 0; t < m->unit[u].tensors; t++) {
