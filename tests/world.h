@@ -38,8 +38,9 @@ typedef struct {
     dist_optimizer optimizer;
     size_t prefetch, checkpoint_every;
     int keep_after_forward;
-    int evaluate;  /* after every step: a forward pass and a sum over the ranks */
-    double poison; /* added to a pixel of rank 1's data at the last step */
+    int evaluate;                   /* after every step: a forward pass and a sum over the ranks */
+    double poison;                  /* added to a pixel of rank 1's data at the last step */
+    void (*inspect)(const dist *d); /* called by every rank after every step; it fails by rt_fail */
     /* what came of it */
     double *losses, *norms; /* [steps] of rank 0; the other ranks' are compared with them */
     float *weights;         /* all units, from the ranks that save them */
@@ -145,6 +146,7 @@ static int train_rank(rt_rank *rank, void *argument) {
                 dist_micro_batch(&d, k, images, labels, keys);
             }
             dist_end_step(&d, &result);
+            if (t->inspect && !rt_failed(rank)) t->inspect(&d);
             if (r == 0 && t->losses)
                 t->losses[step - 1] = result.loss, t->norms[step - 1] = result.gradient_norm;
             if (t->evaluate) {
