@@ -12,7 +12,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
-TESTS   := $(PARSERS) checkpoint pretrained runtime ops model dist waits
+TESTS   := $(PARSERS) checkpoint pretrained runtime ops model dist schedule memory poison waits
 SCRIPTS := example mismatch train images errors docs
 FUZZERS := options safetensors idx cifar image
 
@@ -64,6 +64,7 @@ demo:
 # --------------------------------------------------------------------------------------------------- tests
 
 test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST_TEST_SKIP_WAIT)
+test_flags += $(if $(filter %test_poison,$@),-DDIST_DEBUG)
 define test_rule
 $(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) tests/files.h build/config.mk | build/$(1)/
 	$$(CC) $$(test_flags) $$< -o $$@ -lcmocka $$($(1)_LIBS)

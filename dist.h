@@ -769,7 +769,7 @@ static void dist__collect(dist *d, dist_gradient_slot *slot) {
     rt_block sum = dist__kept(d, b), whole = rt_slice(slot->block, 0, b->count);
     dist__wait(d->comm, RT_COMPUTE, &slot->reduced);
     if (slot->adds && sum.count) vit_add(&d->context, sum, dist__share(d, b, whole));
-    dist__poison(d, whole);
+    dist__poison(d, slot->block);
     slot->bucket = NULL;
 }
 
@@ -831,7 +831,10 @@ static void dist__finish_gradient(dist *d) {
         dist__collect(d, dist__gradient_slot(d, d->buckets + 1));
     } else {
         dist__wait(d->comm, RT_COMPUTE, d->last_reduced); /* the stream's last: it implies the others */
-        for (int i = 0; i < 2; i++) d->gradient_slot[i].bucket = NULL;
+        for (int i = 0; i < 2; i++) {
+            if (d->gradient_slot[i].bucket) dist__poison(d, d->gradient_slot[i].block);
+            d->gradient_slot[i].bucket = NULL;
+        }
     }
 }
 

@@ -1,18 +1,11 @@
-/* test_dist.c - strategies, collectives, the schedule of collectives, and the ledger.
+/* test_dist.c - strategies give the same bits, collectives, formulas, buckets.
  *
  * The numbers have independent sources: collectives are compared with plain sums, strategies with each other
- * (every bit) and with one rank on the whole batch, the schedule and the ledger with tables written from the
- * definitions of data parallelism and of PyTorch's bucket rule. */
+ * (every bit) and with one rank on the whole batch, the buckets with PyTorch's rule. The schedule has a test
+ * of its own (test_schedule.c), and so has the ledger (test_memory.c). */
 #include "tests/world.h"
 
 /* ----------------------------------------------------------------------------------------------- equality */
-
-static void assert_same_bits(const training *a, const training *b) {
-    assert_false(a->failed || b->failed);
-    assert_memory_equal(a->losses, b->losses, a->steps * sizeof *a->losses);
-    assert_memory_equal(a->norms, b->norms, a->steps * sizeof *a->norms);
-    assert_memory_equal(a->weights, b->weights, a->count * sizeof *a->weights);
-}
 
 static void assert_close(const training *a, const training *b, double tolerance) {
     assert_false(a->failed || b->failed);
@@ -23,26 +16,6 @@ static void assert_close(const training *a, const training *b, double tolerance)
     for (size_t i = 0; i < a->count; i++)
         assert_true(fabsf(a->weights[i] - b->weights[i]) <= (float)tolerance);
 }
-
-static size_t padded(const vit_model *m, size_t u, size_t n) {
-    size_t count = 0; /* every tensor a multiple of 16, the unit a multiple of 16 n */
-    for (size_t t = 0; t < m->unit[u].tensors; t++) {
-        size_t elements = 1;
-        for (size_t i = 0; i < m->unit[u].tensor[t].dims; i++) elements *= m->unit[u].tensor[t].shape[i];
-        count += (elements + 15) / 16 * 16;
-    }
-    return (count + 16 * n - 1) / (16 * n) * (16 * n);
-}
-
-static training *trained_as(training *t, const vit_config *config) {
-    train_world(t, config);
-    if (t->failed)
-        print_message("%s x %d: %s\n%s", t->strategy, t->ranks, t->error.text, t->table ? t->table : "");
-    assert_false(t->failed);
-    return t;
-}
-
-static training *trained(training *t) { return trained_as(t, &odd_config); }
 
 /* What else must give the same bits: (strategy, units gathered ahead, kept from forward to backward, activation
  * checkpointing of every Nth block). */
@@ -312,94 +285,7 @@ static void ranks_may_run_ahead(void **state) {
     rt_world_free(&world);
 }
 
-/* ------------------------------------------------------------------------------------ schedule and ledger */
-
-/* Collectives alone, from the i-th thing that the rank did on. */
-static size_t next_call(const training *t, int r, size_t i) {
-    static const char *const others[] = {"forward", "recompute", "backward", "free", "step"};
-    for (size_t k = 0; i < t->calls[r] && k < 5; k++)
-        if (!strcmp(t->call[r][i].what, others[k])) i++, k = SIZE_MAX;
-    return i;
-}
-
-static size_t expect_call(const training *t, int r, size_t i, dist_op op, size_t elements, const char *unit) {
-    i = next_call(t, r, i);
-    assert_true(i < t->calls[r]);
-    assert_string_equal(t->call[r][i].what, dist_op_name(op));
-    assert_int_equal(t->call[r][i].elements, elements);
-    assert_string_equal(t->call[r][i].unit, unit);
-    return i + 1;
-}
-
-static void expect_end(const training *t, int r, size_t i) {
-    assert_int_equal(next_call(t, r, i), t->calls[r]);
-}
-
-/* DDP: per step one all-reduce a bucket, from the head down, then the control; `every`: M times. */
-static void ddp_schedule(void **state) {
-    (void)state;
-    for (int n = 1; n <= MOST_RANKS; n++)
-        for (size_t M = 1; M <= 3; M++)
-            for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
-                training *t = training_of("ddp", n, 2, M, reduction);
-                t->bucket_mb = 0.015; /* 15,728 bytes: two blocks */
-                trained(t);
-                const vit_model *m = &t->model;
-                for (int r = 0; r < n; r++) {
-                    size_t i = 0;
-                    for (size_t step = 0; step < t->steps; step++) {
-                        for (size_t k = 0; k < (reduction == DIST_REDUCE_EVERY ? M : 1); k++)
-                            for (size_t u = m->units, sum = 0; u-- > 0;) { /* add, then close when full */
-                                sum += padded(m, u, (size_t)n);
-                                if (u > 0 && (double)(4 * sum) < 0.015 * 1048576) continue;
-                                i = expect_call(t, r, i, DIST_ALL_REDUCE, sum, m->unit[u].name);
-                                sum = 0;
-                            }
-                        i = expect_call(t, r, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
-                    }
-                    expect_end(t, r, i);
-                }
-                training_free(t);
-            }
-}
-
-/* DP: per step a reduce of every unit from the head down (`every`: M times), the control, and a broadcast of
- * every unit for the next forward pass. */
-static void dp_schedule(void **state) {
-    (void)state;
-    for (int n = 1; n <= 3; n++)
-        for (size_t M = 1; M <= 3; M += 2)
-            for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
-                training *t = trained(training_of("dp", n, 2, M, reduction));
-                const vit_model *m = &t->model;
-                for (int r = 0; r < n; r++) {
-                    size_t i = 0;
-                    for (size_t step = 0; step < t->steps; step++) {
-                        for (size_t k = 0; k < (reduction == DIST_REDUCE_EVERY ? M : 1); k++)
-                            for (size_t u = m->units; u-- > 0;)
-                                i = expect_call(t, r, i, DIST_REDUCE, padded(m, u, (size_t)n),
-                                                m->unit[u].name);
-                        i = expect_call(t, r, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
-                        for (size_t u = 0; u < m->units; u++)
-                            i = expect_call(t, r, i, DIST_BROADCAST, padded(m, u, (size_t)n),
-                                            m->unit[u].name);
-                    }
-                    expect_end(t, r, i);
-                }
-                training_free(t);
-            }
-}
-
-static void single_communicates_nothing_but_control(void **state) {
-    (void)state;
-    training *t = trained(training_of("single", 1, 2, 3, 0));
-    size_t i = 0;
-    for (size_t step = 0; step < t->steps; step++)
-        i = expect_call(t, 0, i, DIST_CONTROL, 2 + 2 * 640 + 1, "step");
-    expect_end(t, 0, i);
-    assert_true(t->traffic[0][DIST_CONTROL].wire_bytes == 0);
-    training_free(t);
-}
+/* ----------------------------------------------------------------------------------- formulas and options */
 
 /* What the program prints beside the measured numbers is right: memory, traffic and the estimate without
  * memory, for every strategy and setting. */
@@ -439,31 +325,6 @@ static void formulas_match_what_is_measured(void **state) {
                         }
                         training_free(t);
                     }
-}
-
-/* Bytes of parameters / gradients / optimizer: ddp 4P / 4P / 8P on every rank, dp 8P on the root alone, P
- * with padding; one slot of the largest unit more with accumulation. */
-static void ledger_matches_the_formulas(void **state) {
-    (void)state;
-    for (int n = 1; n <= MOST_RANKS; n++)
-        for (int dp = 0; dp < 2; dp++)
-            for (size_t M = 1; M <= 2; M++) {
-                training *t = trained(training_of(dp ? "dp" : "ddp", n, 2, M, DIST_REDUCE_LAST));
-                size_t P = 0, largest = 0;
-                for (size_t u = 0; u < t->model.units; u++) {
-                    size_t count = padded(&t->model, u, (size_t)n);
-                    P += count;
-                    if (largest < count) largest = count;
-                }
-                for (int r = 0; r < n; r++) {
-                    const rt_ledger *l = &t->ledger[r];
-                    assert_int_equal(l->bytes[RT_PARAMETERS], 4 * P);
-                    assert_int_equal(l->bytes[RT_GRADIENTS], 4 * (P + (M > 1 ? largest : 0)));
-                    assert_int_equal(l->bytes[RT_OPTIMIZER], dp && r ? 0 : 8 * P);
-                    for (int c = 0; c < RT_CATEGORIES; c++) assert_int_equal(l->peak_bytes[c], l->bytes[c]);
-                }
-                training_free(t);
-            }
 }
 
 /* PyTorch's default rule (1 MiB first, then 25 MiB, append before the test) on ViT-B/16: the head is 3.1 MB,
@@ -529,12 +390,8 @@ int main(void) {
         cmocka_unit_test(not_finite_is_noticed),
         cmocka_unit_test(collectives_are_sums_in_rank_order),
         cmocka_unit_test(ranks_may_run_ahead),
-        cmocka_unit_test(ddp_schedule),
         cmocka_unit_test(a_frozen_backbone_stays),
-        cmocka_unit_test(dp_schedule),
-        cmocka_unit_test(single_communicates_nothing_but_control),
         cmocka_unit_test(formulas_match_what_is_measured),
-        cmocka_unit_test(ledger_matches_the_formulas),
         cmocka_unit_test(buckets_follow_pytorch),
         cmocka_unit_test(impossible_options_are_errors),
     };
