@@ -1,4 +1,4 @@
-/* compare.h - the same training under several strategies: what it must have in common, and what sets it apart.
+/* compare.h - the same training under several strategies: what must be equal, and what sets them apart.
  *
  *     compare c = {0};
  *     if (compare_choose(&c, "ddp,zero3", choices, &e)) ...     // c.count, c.result[i].strategy
@@ -44,7 +44,7 @@ typedef struct compare_result {
 typedef struct compare {
     compare_result result[COMPARE_MOST];
     size_t count, ranks;
-    char about[2][256]; /* the model; ranks, batch, steps and reduction */
+    char about[3][256]; /* the model; data, steps, batch and reduction; what compare_judge found */
 } compare;
 
 /* Takes the strategies of a list "ddp,zero1"; `choices` "single|dp|..." is for messages. -1: an unknown name,
@@ -154,6 +154,21 @@ static inline double compare__median(double *values, size_t n) {
     return (values[(n - 1) / 2] + values[n / 2]) / 2;
 }
 
+/* After compare_judge. -1: a strategy did not give the first one's numbers, e says which. */
+static inline int compare_verdict(const compare *c, error_text *e) {
+    for (size_t i = 1; i < c->count; i++) {
+        const compare_result *r = &c->result[i];
+        char from[80] = "";
+        if (r->differs_from)
+            snprintf(from, sizeof from, "in losses or gradient norms from step %zu on%s", r->differs_from,
+                     r->other_weights ? ", and " : "");
+        if (r->differs_from || r->other_weights)
+            return error_set(e, "compare: %s differs from %s %s%s, expected the same bits", r->strategy,
+                             c->result[0].strategy, from, r->other_weights ? "in the final weights" : "");
+    }
+    return 0;
+}
+
 /* When all have been trained: holds every strategy's losses, norms and final weights against the first one's.
  * The runs lie in directory/STRATEGY. -1: a file cannot be read. */
 static inline int compare_judge(compare *c, const char *directory, error_text *e) {
@@ -172,21 +187,11 @@ static inline int compare_judge(compare *c, const char *directory, error_text *e
             return -1;
         r->other_weights = !same;
     }
-    return 0;
-}
-
-/* The first strategy that did not give the numbers of the first one: -1, e says which; 0: there is none. */
-static inline int compare_verdict(const compare *c, error_text *e) {
-    for (size_t i = 1; i < c->count; i++) {
-        const compare_result *r = &c->result[i];
-        char from[80] = "";
-        if (r->differs_from)
-            snprintf(from, sizeof from, "in losses or gradient norms from step %zu on%s", r->differs_from,
-                     r->other_weights ? ", and " : "");
-        if (r->differs_from || r->other_weights)
-            return error_set(e, "compare: %s differs from %s %s%s, expected the same bits", r->strategy,
-                             c->result[0].strategy, from, r->other_weights ? "in the final weights" : "");
-    }
+    error_text difference;
+    const char *outcome = c->count > 1 ? "all losses, gradient norms and final weights are equal, bit for bit"
+                                       : "one strategy: nothing to compare it with";
+    if (compare_verdict(c, &difference)) outcome = difference.text;
+    snprintf(c->about[2], sizeof c->about[2], "%.250s", outcome);
     return 0;
 }
 
@@ -364,7 +369,7 @@ static inline void compare_print_text(const compare *c, FILE *out) {
             int length = (int)strlen(t.row[k].cell[i]);
             if (length > width[i]) width[i] = length;
         }
-    fprintf(out, "%s\n%s\n", c->about[0], c->about[1]);
+    for (int i = 0; i < 3; i++) fprintf(out, "%s\n", c->about[i]);
     for (size_t k = 0; k < t.rows; k++) {
         fprintf(out, "%s%-*s", t.row[k].heading ? "\n" : "", width[0], t.row[k].cell[0]);
         for (size_t i = 1; i <= c->count; i++) fprintf(out, "  %*s", width[i], t.row[k].cell[i]);
@@ -377,8 +382,8 @@ static inline void compare_print_text(const compare *c, FILE *out) {
 static inline void compare_print_markdown(const compare *c, FILE *out) {
     compare_table t;
     compare__tabulate(c, &t);
-    fprintf(out, "# The same training under %zu %s\n\n%s  \n%s\n", c->count,
-            c->count > 1 ? "strategies" : "strategy", c->about[0], c->about[1]);
+    fprintf(out, "# The same training under %zu %s\n\n%s  \n%s  \n%s\n", c->count,
+            c->count > 1 ? "strategies" : "strategy", c->about[0], c->about[1], c->about[2]);
     for (size_t k = 0; k < t.rows; k++) {
         const compare_row *row = &t.row[k];
         if (row->heading) fprintf(out, "\n");
@@ -406,7 +411,7 @@ typedef struct compare_bars {
 enum {
     COMPARE_WIDTH = 1000,
     COMPARE_LEFT = 80,
-    COMPARE_LONGEST = 580,
+    COMPARE_LONGEST = 540,
     COMPARE_BAR = 20,
     COMPARE_STEP = 27,
     COMPARE_CHARACTER = 8
@@ -463,54 +468,79 @@ static inline int compare__draw(const compare *c, const compare_bars *b, int y, 
     return y;
 }
 
-/* Memory, traffic and time of a step, each as bars. */
-static inline void compare_print_svg(const compare *c, FILE *out) {
-    static const char *const colours[] = {"#7eb6e6", "#fdb97d", "#8fd19e", "#d4d4d4", "#f4998d",
-                                          "#c5b3e0", "#f2d16b", "#a8ddd9", "#e8b6d4"};
-    compare_bars memory = {.title = "memory of a rank at rest, MB (the rank that holds most)",
-                           .unit = "MB",
-                           .parts = RT_CATEGORIES},
-                 traffic = {.title = "sent by a rank in a step, MB (mean of the ranks)",
-                            .unit = "MB",
-                            .parts = DIST_OPS},
-                 time = {.title = "time of a step, ms (median, on this machine)",
-                         .unit = "ms",
-                         .parts = 1,
-                         .part = {"step"},
-                         .colour = {"#7eb6e6"}};
-    for (int k = 0; k < DIST_OPS; k++) {
-        if (k < RT_CATEGORIES) memory.part[k] = rt_category_name((rt_category)k);
-        traffic.part[k] = dist_op_name((dist_op)k);
-        memory.colour[k] = traffic.colour[k] = colours[k];
+static const char *const compare__colours[DIST_OPS] = {"#7eb6e6", "#fdb97d", "#8fd19e", "#d4d4d4", "#f4998d",
+                                                       "#c5b3e0", "#f2d16b", "#a8ddd9", "#e8b6d4"};
+
+/* What the rank that holds most holds: all, or only what strategies shard or need for it. Activations, which
+ * all have alike, may dwarf that. */
+static inline compare_bars compare__memory_bars(const compare *c, int all) {
+    compare_bars b = {.title = all ? "memory of a rank at rest, MB (the rank that holds most)"
+                                   : "the same without activations and workspace",
+                      .unit = "MB",
+                      .parts = RT_CATEGORIES};
+    for (int k = 0; k < RT_CATEGORIES; k++) {
+        b.part[k] = rt_category_name((rt_category)k);
+        b.colour[k] = compare__colours[k];
     }
     for (size_t i = 0; i < c->count; i++) {
-        const rt_ledger *l = &compare_fullest(c, i)->ledger;
-        double most, sent = compare_sent(c, i, DIST_OPS, &most), s = c->result[i].median_s;
-        for (int k = 0; k < RT_CATEGORIES; k++) memory.value[i][k] = 1e-6 * (double)l->bytes[k];
-        snprintf(memory.note[i], COMPARE_CELL, "%.3f MB", 1e-6 * (double)l->total_bytes);
-        for (int op = 0; op < DIST_OPS; op++) {
-            double of_one;
-            traffic.value[i][op] = 1e-6 * compare_sent(c, i, op, &of_one);
+        double total = 0;
+        for (int k = 0; k < RT_CATEGORIES; k++) {
+            if (!all && (k == RT_ACTIVATIONS || k == RT_WORKSPACE)) continue;
+            b.value[i][k] = 1e-6 * (double)compare_fullest(c, i)->ledger.bytes[k];
+            total += b.value[i][k];
         }
-        snprintf(traffic.note[i], COMPARE_CELL, "%.3f MB", 1e-6 * sent);
-        if (most > sent)
-            snprintf(traffic.note[i], COMPARE_CELL, "%.3f MB (%.3f by one rank)", 1e-6 * sent, 1e-6 * most);
-        time.value[i][0] = 1e3 * s;
-        snprintf(time.note[i], COMPARE_CELL, "%.2f ms (%.2f of %s)", 1e3 * s, s / c->result[0].median_s,
-                 c->result[0].strategy);
+        snprintf(b.note[i], COMPARE_CELL, "%.3f MB", total);
     }
-    int height = 20 + 18 * 3 + 3 * (42 + COMPARE_STEP * (int)c->count) + 2 * 22 + 14, y = 20;
+    return b;
+}
+
+static inline compare_bars compare__traffic_bars(const compare *c) {
+    compare_bars b = {
+        .title = "sent by a rank in a step, MB (mean of the ranks)", .unit = "MB", .parts = DIST_OPS};
+    for (size_t i = 0; i < c->count; i++) {
+        double most, sent;
+        for (int op = 0; op < DIST_OPS; op++) {
+            b.part[op] = dist_op_name((dist_op)op);
+            b.colour[op] = compare__colours[op];
+            b.value[i][op] = 1e-6 * compare_sent(c, i, op, &most);
+        }
+        sent = compare_sent(c, i, DIST_OPS, &most);
+        snprintf(b.note[i], COMPARE_CELL, "%.3f MB", 1e-6 * sent);
+        if (most > sent)
+            snprintf(b.note[i], COMPARE_CELL, "%.3f MB (%.3f by one rank)", 1e-6 * sent, 1e-6 * most);
+    }
+    return b;
+}
+
+static inline compare_bars compare__time_bars(const compare *c) {
+    compare_bars b = {.title = "time of a step, ms (median, on this machine)",
+                      .unit = "ms",
+                      .parts = 1,
+                      .part = {"step"},
+                      .colour = {compare__colours[0]}};
+    for (size_t i = 0; i < c->count; i++) {
+        double seconds = c->result[i].median_s;
+        b.value[i][0] = 1e3 * seconds;
+        snprintf(b.note[i], COMPARE_CELL, "%.2f ms (%.2f of %s)", 1e3 * seconds,
+                 seconds / c->result[0].median_s, c->result[0].strategy);
+    }
+    return b;
+}
+
+/* Memory twice, traffic and time of a step, each as bars. */
+static inline void compare_print_svg(const compare *c, FILE *out) {
+    const compare_bars bars[] = {compare__memory_bars(c, 1), compare__memory_bars(c, 0),
+                                 compare__traffic_bars(c), compare__time_bars(c)};
+    int height = 20 + 3 * 18 + 4 * (42 + COMPARE_STEP * (int)c->count) + 3 * 22 + 20, y = 20;
     fprintf(out,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" width=\"%d\" height=\"%d\" "
             "role=\"img\" font-family=\"sans-serif\" font-size=\"13\" fill=\"#222222\">\n"
             "<title>The same training under several strategies</title>\n"
             "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n",
             COMPARE_WIDTH, height, COMPARE_WIDTH, height, COMPARE_WIDTH, height);
-    for (int i = 0; i < 2; i++, y += 18)
+    for (int i = 0; i < 3; i++, y += 18)
         fprintf(out, "<text x=\"16\" y=\"%d\">%s</text>\n", y + 6, c->about[i]);
-    y = compare__draw(c, &memory, y, out);
-    y = compare__draw(c, &traffic, y, out);
-    compare__draw(c, &time, y, out);
+    for (int i = 0; i < 4; i++) y = compare__draw(c, &bars[i], y, out);
     fprintf(out, "</svg>\n");
 }
 

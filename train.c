@@ -1161,10 +1161,8 @@ static int command_compare(run *r, error_text *e, char **table) {
         failed = compare_write(&c, directory, e);
     }
     if (!failed) {
-        failed = compare_verdict(&c, e);
-        if (!failed && c.count > 1)
-            printf("\nall losses, gradient norms and final weights are equal, bit for bit\n");
         printf("results: %s\n", directory);
+        failed = compare_verdict(&c, e);
     }
     compare_free(&c);
     return failed ? 1 : 0;
