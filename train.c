@@ -4,6 +4,7 @@
  *     ./train --data-path cifar-10-batches-bin --epochs 6
  *     ./train eval --checkpoint runs/... --data-path cifar-10-batches-bin
  *     ./train predict --checkpoint runs/... cat.jpg dog.png
+ *     ./train compare --strategies ddp,zero3 --nproc-per-node 2
  *     ./train export --checkpoint runs/... --format hf --output-dir vit-hf
  *
  * In this order: preparation (options, data, model), batches, evaluation, prediction, the training loop,
@@ -14,6 +15,7 @@
 #define VIT_IMPLEMENTATION
 #define DIST_IMPLEMENTATION
 #include "checkpoint.h"
+#include "compare.h"
 #include "data/dataset.h"
 #include "data/loader.h"
 #include "io/metrics.h"
@@ -40,8 +42,9 @@ typedef struct run {
     model_card card;
     size_t ranks, global_batch, steps_per_epoch, steps;
     dist_hub *hub;
-    int out_of_memory;   /* why the ranks failed */
-    schedule *schedules; /* [ranks] of the first step, with --print-schedule; each rank writes its own */
+    int out_of_memory;      /* why the ranks failed */
+    schedule *schedules;    /* [ranks] of the first step, with --print-schedule; each rank writes its own */
+    compare_result *result; /* of compare: what this training leaves behind; or NULL */
 } run;
 
 /* -------------------------------------------------------------------------------------------- preparation */
@@ -735,6 +738,7 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
             return explain_not_finite(t, steps, *step, &result);
         double now = rt_seconds();
         loss += result.loss;
+        if (r->result && is_first(t)) compare_add_step(r->result, &result, now - began);
         if (is_first(t) && (*step % o->log_interval == 0 || *step == r->steps)) {
             if (log_step(t, *step, epoch, &result, rate, now - began)) return -1;
             show_progress(t, epoch, *step, loss / (double)(steps + 1),
@@ -795,9 +799,10 @@ static int log_totals(trainer *t, size_t steps) {
     }
     dist_traffic traffic[DIST_OPS];
     memcpy(traffic, t->comm.traffic, sizeof traffic);
+    if (t->r->result) compare_add_rank(t->r->result, &t->d, traffic);
     dist_sum(&t->d, all, N * LENGTH);
     int failed = rt_failed(t->rank);
-    if (is_first(t) && !failed && !t->r->o.quiet) {
+    if (is_first(t) && !failed && !t->r->o.quiet && !t->r->result) {
         dist_formula formula = dist_formula_of(&t->d);
         fprintf(stderr, "rank 0 of %zu:\n", N);
         report_memory(stderr, &t->rank->ledger, &formula);
@@ -832,6 +837,15 @@ static int log_totals(trainer *t, size_t steps) {
     return failed ? -1 : 0;
 }
 
+/* The model in one line. */
+static void describe_model(const run *r, char *text, size_t size) {
+    const vit_config *c = &r->config;
+    snprintf(text, size,
+             "ViT of %zux%zu images, patch %zu, dim %zu, depth %zu, heads %zu, %zu classes: %zu parameters",
+             c->image_height, c->image_width, c->patch_size, c->embed_dim, c->depth, c->num_heads,
+             c->num_classes, r->model.parameters);
+}
+
 static int log_start(trainer *t) {
     const run *r = t->r;
     cJSON *line = metrics_line("start");
@@ -850,10 +864,9 @@ static int log_start(trainer *t) {
                 rows, columns, r->config.patch_size);
     if (log_line(t, line) || r->o.quiet) return 0;
     const train_options *o = &r->o;
-    fprintf(stderr,
-            "ViT of %zux%zu images, patch %zu, dim %zu, depth %zu, heads %zu, %zu classes: %zu parameters\n",
-            r->config.image_height, r->config.image_width, r->config.patch_size, r->config.embed_dim,
-            r->config.depth, r->config.num_heads, r->config.num_classes, r->model.parameters);
+    char model[256];
+    describe_model(r, model, sizeof model);
+    fprintf(stderr, "%s\n", model);
     fprintf(stderr, "%s: %zu training images, %zu validation images\n", dataset_kind_names[r->val.kind],
             r->train.count, r->val.count);
     fprintf(stderr, "strategy %s on %zu rank%s of %zu thread%s, %s\n", t->d.strategy->name, r->ranks,
@@ -927,6 +940,8 @@ static int train_loop(trainer *t) {
     metrics_add(line, "best_val_accuracy", t->best_accuracy);
     metrics_add_count(line, "resident_peak_bytes", report_resident_peak_bytes());
     if (log_line(t, line)) return -1;
+    if (r->result) r->result->accuracy = t->last_accuracy;
+    if (r->result) return 0; /* compare prints its own */
     printf("validation accuracy %.4f (best %.4f) after %zu steps, %.1f s\nresults: %s\n", t->last_accuracy,
            t->best_accuracy, step, seconds, r->o.output_dir);
     return 0;
@@ -985,9 +1000,10 @@ static int prepare_output(run *r, error_text *e) {
     struct tm local;
     localtime_r(&now, &local);
     strftime(stamp, sizeof stamp, "%Y%m%d-%H%M%S", &local);
+    const char *what =
+        o->state.command == COMMAND_COMPARE ? "compare" : options_choice(&train_table, o, &o->strategy).text;
     if (!*o->output_dir)
-        snprintf(o->output_dir, sizeof o->output_dir, "runs/%s-%.64s-%s", stamp, r->config.name,
-                 options_choice(&train_table, o, &o->strategy).text);
+        snprintf(o->output_dir, sizeof o->output_dir, "runs/%s-%.64s-%s", stamp, r->config.name, what);
     for (size_t i = 0; i < 3; i++) {
         struct stat st;
         if (checkpoint__join(path, o->output_dir, traces[i], e)) return -1;
@@ -1088,6 +1104,85 @@ static int command_env(run *r, error_text *e, char **table) {
     return run_ranks(r, env_body, e, table);
 }
 
+/* Makes the run that of strategy i, in a folder of its own in the output directory. */
+static int compare_run(run *r, const compare *c, size_t i, const char *directory, error_text *e) {
+    train_options *o = &r->o;
+    const char *choices = options_of_field(&train_table, o, &o->strategy)->choices;
+    o->strategy = option_choice_index(choices, c->result[i].strategy);
+    int length = snprintf(o->output_dir, sizeof o->output_dir, "%s/%s", directory, c->result[i].strategy);
+    return length < CHECKPOINT_PATH ? 0 : error_set(e, "%.200s...: found too long a path", directory);
+}
+
+/* All that can be refused is, before anything is run. */
+static int compare_prepare(run *r, compare *c, option_text directory, error_text *e) {
+    train_options *o = &r->o;
+    char path[CHECKPOINT_PATH];
+    struct stat st;
+    *o->strategies = 0; /* each run is one like any other */
+    if (o->gradient_reduction < 0) o->gradient_reduction = CHOICE_REDUCTION_EVERY;
+    if (prepare(r, e) || prepare_output(r, e)) return -1;
+    memcpy(directory, o->output_dir, sizeof o->output_dir);
+    if (checkpoint__join(path, directory, "compare.md", e)) return -1;
+    if (!stat(path, &st))
+        return error_set(
+            e, "%s: found compare.md, so it already holds a comparison; choose another --output-dir",
+            directory);
+    for (size_t i = 0; i < c->count; i++)
+        if (compare_run(r, c, i, directory, e) || prepare_memory(r, e) || prepare_output(r, e)) return -1;
+    const char *data = dataset_kind_names[r->val.kind];
+    describe_model(r, c->about[0], sizeof c->about[0]);
+    snprintf(c->about[1], sizeof c->about[1],
+             "%s, fp32: %zu steps of %zu images = %zu batch size x %zu accumulation x %zu ranks; "
+             "gradient reduction %s",
+             data, r->steps, r->global_batch, o->batch_size, o->gradient_accumulation_steps, r->ranks,
+             options_choice(&train_table, o, &o->gradient_reduction).text);
+    return compare_open(c, r->ranks, r->steps, e);
+}
+
+/* The same training under each strategy. The first failure ends it. */
+static int compare_train(run *r, compare *c, const char *directory, error_text *e, char **table) {
+    for (size_t i = 0; i < c->count; i++) {
+        error_text why;
+        if (compare_run(r, c, i, directory, e)) return -1;
+        if (!r->o.quiet)
+            fprintf(stderr, "\nstrategy %zu of %zu: %s\n", i + 1, c->count, c->result[i].strategy);
+        r->result = &c->result[i];
+        if (run_ranks(r, rank_body, &why, table))
+            return error_set(e, "compare: strategy %s: %s", c->result[i].strategy, why.text);
+    }
+    return 0;
+}
+
+/* The exit status. That strategies give different numbers is a failure: they promise the same bits. */
+static int command_compare(run *r, error_text *e, char **table) {
+    train_options *o = &r->o;
+    option_text directory;
+    compare c = {0};
+    const option *strategy = options_of_field(&train_table, o, &o->strategy);
+    if (compare_choose(&c, o->strategies, strategy->choices, e)) return 2;
+    int given_one = o->state.source[strategy - train_option_list] == OPTION_FROM_COMMAND_LINE;
+    if (given_one || o->print_schedule) {
+        error_set(e, "compare: found --%s, expected it with one strategy (train) alone",
+                  given_one ? "strategy" : "print-schedule");
+        return 2;
+    }
+    o->strategy = option_choice_index(strategy->choices, c.result[0].strategy); /* until compare_run */
+    r->command = COMMAND_TRAIN;
+    int failed = compare_prepare(r, &c, directory, e);
+    if (!failed) show_notes(r);
+    if (!failed) failed = compare_train(r, &c, directory, e, table) || compare_judge(&c, directory, e);
+    if (!failed) {
+        compare_print_text(&c, stdout);
+        failed = compare_write(&c, directory, e);
+    }
+    if (!failed) {
+        printf("results: %s\n", directory);
+        failed = compare_verdict(&c, e);
+    }
+    compare_free(&c);
+    return failed ? 1 : 0;
+}
+
 /* Writes the model of --checkpoint as a folder that timm or Hugging Face's transformers open. */
 static int command_export(run *r, error_text *e) {
     train_options *o = &r->o;
@@ -1157,6 +1252,8 @@ int main(int argc, char **argv) {
         status = command_help(&r->o, &e) ? 2 : 0;
     } else if (r->o.state.command == COMMAND_ENV) {
         status = command_env(r, &e, &table) ? 1 : 0;
+    } else if (r->o.state.command == COMMAND_COMPARE) {
+        status = command_compare(r, &e, &table);
     } else if (r->o.state.command == COMMAND_EXPORT) {
         const char *missing = !*r->o.checkpoint   ? "checkpoint, expected the model to export"
                               : r->o.format < 0   ? "format, expected timm or hf"

@@ -110,7 +110,7 @@ two_lines=$(printf 'a\ntrain: error: b')
 usage "a value of two lines" "--optimizer: found 'a\?train: error: b'" --optimizer "$two_lines"
 usage "eval without a model" "eval: found no --checkpoint" eval
 
-for command in compare simulate plan; do
+for command in simulate plan; do
     usage "$command is of later" "$command is not built yet" $command
 done
 for option in "device cuda" "backend tcp" "precision bf16" trace "augmentation imagenet" "resume auto" \
@@ -118,6 +118,25 @@ for option in "device cuda" "backend tcp" "precision bf16" trace "augmentation i
     # shellcheck disable=SC2086
     usage "--$option is of later" "--${option%%[ =]*}.* is not built yet" --$option
 done
+
+compared() { name=$1 pattern=$2; shift 2; usage "compare: $name" "$pattern" compare "$@"; }
+compared "no strategies" "compare: found no --strategies, expected names such as ddp,zero3"
+compared "an unknown strategy" \
+    "--strategies: found 'zero4', expected names of single\|dp\|.*\|fsdp; did you mean zero1" \
+    --strategies ddp,zero4
+compared "a name behind a blank" "--strategies: found ' zero3', .*did you mean zero3" \
+    --strategies 'ddp, zero3'
+compared "a name of two lines" "--strategies: found 'a\?train: error: b'" --strategies "$two_lines"
+for list in ,ddp ddp, ddp,,zero3 ,; do
+    compared "an empty name: $list" "--strategies: found an empty name in '$list'" --strategies "$list"
+done
+compared "a strategy twice" "--strategies: found ddp twice, expected each strategy once" \
+    --strategies ddp,zero1,ddp
+compared "a strategy by two names" "--strategies: found zero3 twice \(fsdp is the same\), expected each" \
+    --strategies zero3,fsdp
+compared "one strategy beside the list" "compare: found --strategy, expected it with one strategy" \
+    --strategies ddp,zero3 --strategy ddp
+compared "a schedule" "compare: found --print-schedule" --strategies ddp,zero3 --print-schedule
 
 # -------------------------------------------------------------------------------------- configuration files
 
@@ -170,6 +189,8 @@ refused "accumulation beyond the data set" "a global batch of 10 x 200 x [13]" \
 refused "a limited data set" "larger than the data set, 5 images" --limit-train 5
 fails "strategy single on three ranks" 1 "strategy single runs on one rank, found 3; choose another" \
     --strategy single --nproc-per-node 3 --output-dir "$out"
+fails "compare with single on two ranks" 1 "strategy single runs on one rank, found 2; choose another" \
+    compare --strategies ddp,single --nproc-per-node 2 --output-dir "$out" --quiet
 with_table=yes
 refused "more memory than there is" "out of memory" --embed-dim 131072 --depth 4000
 with_table=
