@@ -494,7 +494,7 @@ limited "no room for config.json" 1 "config.json.tmp: cannot write" --embed-dim 
 disk=$work/disk # a small one, where root may mount one
 disk_fills_up() {
     # shellcheck disable=SC2086
-    wrong_failure 1 "model.safetensors: no room for [0-9]* bytes: No space left" "$train" $small --quiet \
+    wrong_failure 1 "safetensors: no room for [0-9]* bytes: No space left" "$train" $small --quiet \
         --output-dir "$disk/run" --nproc-per-node 2 --batch-size 16 --max-steps 9
     found=$(cd "$disk/run/checkpoints" && echo *)
     [ "$found" = "best latest step-00000003" ] || echo "found $found"
@@ -502,7 +502,7 @@ disk_fills_up() {
 }
 name="a disk that fills up between two checkpoints"
 mkdir "$disk"
-if mount -t tmpfs -o size=72k tmpfs "$disk" 2>/dev/null; then
+if mount -t tmpfs -o size=176k tmpfs "$disk" 2>/dev/null; then
     trap 'umount "$disk"; rm -rf "$work"' EXIT
     verdict "$name" "$(disk_fills_up | head -1)"
     umount "$disk"
