@@ -917,4 +917,20 @@ static inline void checkpoint_prune(const char *checkpoints, size_t keep, const 
     if (n >= 0) free(entries);
 }
 
+/* Deletes the step folders behind a step, where a training goes on from it; how many there were. */
+static inline size_t checkpoint_cut(const char *checkpoints, size_t step) {
+    struct dirent **entries;
+    int n = scandir(checkpoints, &entries, checkpoint__only_steps, checkpoint__by_step);
+    size_t cut = 0;
+    for (int i = 0; i < n; free(entries[i++])) {
+        char path[CHECKPOINT_PATH + 600];
+        if (strtoull(entries[i]->d_name + 5, NULL, 10) <= step) continue;
+        snprintf(path, sizeof path, "%s/%s", checkpoints, entries[i]->d_name);
+        checkpoint__discard(path);
+        cut++;
+    }
+    if (n >= 0) free(entries);
+    return cut;
+}
+
 #endif

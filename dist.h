@@ -197,7 +197,8 @@ typedef struct dist {
     rt_event *last_reduced; /* of the reduction that was posted last */
     rt_block scalars, control, counts;
     rt_event control_ready, control_done, counts_ready, counts_done;
-    size_t micro; /* micro-batch of the step, from 0 */
+    size_t micro;       /* micro-batch of the step, from 0 */
+    int stop_requested; /* by this rank */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
     rt_event *arrived; /* dp, zero1, zero2: [units] the new parameters are here */
@@ -267,6 +268,7 @@ typedef struct dist_result {
     double gradient_norm; /* of the mean loss, before clipping */
     size_t
         bad_losses; /* samples whose loss is not finite; then, and if the norm is not, nothing was updated */
+    int stop;       /* a rank has asked for it */
 } dist_result;
 
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
@@ -274,6 +276,9 @@ typedef struct dist_result {
 void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
+
+/* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to begin. */
+void dist_request_stop(dist *d);
 
 /* Forward alone, as in evaluation; every rank must call it. logits [B, V], losses [B] into host memory, or
  * NULL. With not_finite: the index of the first unit whose output has a NaN or an infinity, or the number of
@@ -838,7 +843,7 @@ static void dist__finish_gradient(dist *d) {
     }
 }
 
-enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__NORM = 2, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
+enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__STOP, DIST__NORM, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
 
 /* Updates what this rank owns of elements [begin, end) of a unit, at the learning rate of a layer: with layer
  * decay that of the layers below falls geometrically (timm's param_groups_layer_decay, after BEiT). */
@@ -1352,7 +1357,11 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
                                    [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t)};
     vit_copy_in(&d->context, d->scalars, scalars);
     vit_fill(&d->context, d->control, 0);
+    int64_t one = 1;
+    if (d->stop_requested) vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &one);
 }
+
+void dist_request_stop(dist *d) { d->stop_requested = 1; }
 
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels,
                       const uint64_t *keys) {
@@ -1366,13 +1375,13 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
 
 void dist_end_step(dist *d, dist_result *result) {
     double scalars[VIT_SCALARS] = {0};
-    int64_t loss[2] = {0};
+    int64_t loss[3] = {0}; /* and bad losses, and who wants to stop */
     d->strategy->step(d);
     vit_copy_out(&d->context, scalars, d->scalars);
-    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 2));
+    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 3));
     *result = (dist_result){(double)loss[0] * VIT_LOSS_UNIT /
                                 ((double)d->comm->size * (double)d->options.accumulation),
-                            scalars[VIT_GRADIENT_NORM], (size_t)loss[1]};
+                            scalars[VIT_GRADIENT_NORM], (size_t)loss[1], loss[2] != 0};
 }
 
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,

@@ -8,7 +8,7 @@
  * volumes of the papers. */
 #include "tests/world.h"
 
-enum { CONTROL = 2 + 2 * 640 + 1, STEPS = 2 }; /* loss and bad losses; two counters an exponent, one of NaN */
+enum { CONTROL = 3 + 2 * 640 + 1, STEPS = 2 }; /* loss and bad losses; two counters an exponent, one of NaN */
 
 /* ----------------------------------------------------------------------------------------------- the plan */
 
