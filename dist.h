@@ -829,6 +829,14 @@ static void dist__reduce_gradient(dist *d, size_t u) {
     dist__collective(d, d->strategy->reduce, whole, part, d->model->unit[u].name, &b->ready, d->last_reduced);
 }
 
+/* What passed through the slots has been reduced, and nothing is to be added. */
+static void dist__free_gradient_slots(dist *d) {
+    for (int i = 0; i < 2; i++) {
+        if (d->gradient_slot[i].bucket) dist__poison(d, d->gradient_slot[i].block);
+        d->gradient_slot[i].bucket = NULL;
+    }
+}
+
 /* After the last micro-batch: the gradient is complete for the compute stream. */
 static void dist__finish_gradient(dist *d) {
     if (d->options.accumulation > 1 && dist__reduces_in_slots(d)) {
@@ -836,10 +844,7 @@ static void dist__finish_gradient(dist *d) {
         dist__collect(d, dist__gradient_slot(d, d->buckets + 1));
     } else {
         dist__wait(d->comm, RT_COMPUTE, d->last_reduced); /* the stream's last: it implies the others */
-        for (int i = 0; i < 2; i++) {
-            if (d->gradient_slot[i].bucket) dist__poison(d, d->gradient_slot[i].block);
-            d->gradient_slot[i].bucket = NULL;
-        }
+        dist__free_gradient_slots(d);
     }
 }
 
@@ -1003,11 +1008,10 @@ static rt_block dp_pre_forward(dist *d, size_t u) {
 }
 
 static void dp_step(dist *d) {
-    if (d->comm->index == 0)
-        dist__finish_gradient(d);
-    else /* dist__update's collective comes after theirs: the slots are free */
-        d->gradient_slot[0].bucket = d->gradient_slot[1].bucket = NULL;
+    int root = d->comm->index == 0;
+    if (root) dist__finish_gradient(d);
     dist__update(d);
+    if (!root) dist__free_gradient_slots(d); /* the update's collective came after theirs */
     dist__refresh(d);
 }
 

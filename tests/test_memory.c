@@ -150,8 +150,8 @@ static void replicated(void **state) {
     check(&(setting){.strategy = "single"});
     check(&(setting){.strategy = "dp"});
     check(&(setting){.strategy = "ddp"});
-    check(&(setting){.strategy = "ddp", .bucket_mb = 0.015}); /* two blocks */
-    check(&(setting){.strategy = "ddp", .bucket_mb = 1});     /* everything */
+    check(&(setting){.strategy = "ddp", .bucket_mb = 0.015}); /* two units each */
+    check(&(setting){.strategy = "ddp", .bucket_mb = 1});     /* one bucket */
 }
 
 static void sharded(void **state) {

@@ -17,7 +17,6 @@ static size_t numbers_in(rt_block b) {
     return numbers;
 }
 
-/* Of dp only the root waits for the reductions before it updates: the others' slots are free without a NaN. */
 static void assert_poisoned(const dist *d) {
     for (size_t i = 0; i < d->slots; i++) {
         size_t numbers = numbers_in(d->parameter_slot[i].block);
@@ -25,7 +24,6 @@ static void assert_poisoned(const dist *d) {
             rt_fail(d->rank, "rank %d: %zu numbers in parameter slot %zu, expected NaN", d->rank->rank,
                     numbers, i);
     }
-    if (d->strategy->reduce == DIST_REDUCE && d->comm->index) return;
     for (int i = 0; i < 2 && dist__reduces_in_slots(d); i++) {
         size_t numbers = numbers_in(d->gradient_slot[i].block);
         if (numbers)

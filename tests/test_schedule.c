@@ -290,7 +290,7 @@ static void dp_schedule(void **state) {
     check(&(setting){"dp", plan_dp, 0, 0, 0}, 1, MOST_RANKS);
 }
 
-/* Every unit alone; two blocks (15,728 bytes); embedding and two blocks; all in one. */
+/* A bucket for each unit; the head with a block, two blocks, the embedding; all but the embedding; one. */
 static void ddp_schedule(void **state) {
     static const double buckets[] = {0, 0.015, 0.04, 25};
     (void)state;
@@ -320,6 +320,24 @@ static void zero3_without_resharding_schedule(void **state) {
     for (size_t prefetch = 0; prefetch <= 3; prefetch++)
         check(&(setting){"zero3", plan_zero3, 0, prefetch, 1}, 1, prefetch == 1 ? 4 : 3);
     check(&(setting){"zero3", plan_zero3, 0, 9, 1}, 1, 2);
+}
+
+/* Evaluation between steps gathers and frees every unit as forward does, the last one and those that stay
+ * included; its traffic is not counted. */
+static void zero3_evaluation(void **state) {
+    (void)state;
+    for (int n = 1; n <= 3; n++)
+        for (size_t prefetch = 0; prefetch <= 3; prefetch++)
+            for (int keep = 0; keep < 2; keep++) {
+                training *t = training_of("zero3", n, 1, 2, DIST_REDUCE_EVERY);
+                t->evaluate = 1;
+                t->prefetch = prefetch;
+                t->keep_after_forward = keep;
+                trained(t);
+                assert_gathered_when_used(t);
+                assert_volumes(t);
+                training_free(t);
+            }
 }
 
 /* fsdp is another name for zero3: the same events, the same bits. */
@@ -365,6 +383,7 @@ int main(void) {
         cmocka_unit_test(zero2_schedule),
         cmocka_unit_test(zero3_schedule),
         cmocka_unit_test(zero3_without_resharding_schedule),
+        cmocka_unit_test(zero3_evaluation),
         cmocka_unit_test(fsdp_is_zero3),
         cmocka_unit_test(defaults_of_the_reduction),
     };

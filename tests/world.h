@@ -93,6 +93,22 @@ static void make_sample(const vit_config *c, size_t s, float *image, int32_t *la
     *key = random_mix(k);
 }
 
+static dist_options options_of(const training *t) {
+    return (dist_options){.strategy = t->strategy,
+                          .batch_size = t->batch,
+                          .accumulation = t->accumulation,
+                          .bucket_size_mb = t->bucket_mb,
+                          .reduction = t->reduction,
+                          .optimizer = t->optimizer,
+                          .prefetch = t->prefetch,
+                          .keep_after_forward = t->keep_after_forward,
+                          .checkpoint_every = t->checkpoint_every,
+                          .gradient_clipping = t->clipping,
+                          .adamw = {.9, .999, ADAM_EPS, 0.05},
+                          .sgd = {.9, 0.05},
+                          .counts = 16};
+}
+
 static int train_rank(rt_rank *rank, void *argument) {
     training *t = argument;
     const vit_model *m = &t->model;
@@ -112,19 +128,7 @@ static int train_rank(rt_rank *rank, void *argument) {
     if (dist_comm_open(&comm, t->hub, rank, &vit_cpu)) return -1;
     comm.observe = observe_call;
     comm.observer = observer;
-    dist_options o = {.strategy = t->strategy,
-                      .batch_size = B,
-                      .accumulation = M,
-                      .bucket_size_mb = t->bucket_mb,
-                      .reduction = t->reduction,
-                      .optimizer = t->optimizer,
-                      .prefetch = t->prefetch,
-                      .keep_after_forward = t->keep_after_forward,
-                      .checkpoint_every = t->checkpoint_every,
-                      .gradient_clipping = t->clipping,
-                      .adamw = {.9, .999, ADAM_EPS, 0.05},
-                      .sgd = {.9, 0.05},
-                      .counts = 16};
+    dist_options o = options_of(t);
     if (dist_open(&d, &comm, m, &o, &e)) {
         if (!rt_failed(rank)) rt_fail(rank, "%s", e.text);
     } else {
