@@ -70,7 +70,8 @@ static inline int compare_choose(compare *c, const char *list, const char *choic
                 return error_set(e, "--strategies: found %s twice%s%s%s, expected each strategy once",
                                  s->name, s->alias ? " (" : "", s->alias ? s->alias : "",
                                  s->alias ? " is the same)" : "");
-        if (c->count == COMPARE_MOST) return error_set(e, "--strategies: found more than %d", COMPARE_MOST);
+        if (c->count == COMPARE_MOST)
+            return error_set(e, "--strategies: found more than %d strategies", COMPARE_MOST);
         c->result[c->count++].strategy = s->name;
     }
     return 0;
@@ -223,10 +224,12 @@ static inline double compare_sent(const compare *c, size_t i, int op, double *mo
 
 enum { COMPARE_ROWS = 64, COMPARE_CELL = 64 };
 
+typedef char compare_cell[COMPARE_CELL];
+
 /* A row: its name, then a cell for each strategy. A heading begins a table, and names the strategies. */
 typedef struct compare_row {
     int heading;
-    char cell[1 + COMPARE_MOST][COMPARE_CELL];
+    compare_cell cell[1 + COMPARE_MOST];
 } compare_row;
 
 typedef struct compare_table {
@@ -235,7 +238,7 @@ typedef struct compare_table {
 } compare_table;
 
 /* A new row; the cells of the strategies. */
-static inline char (*compare__row(compare_table *t, const char *name))[COMPARE_CELL] {
+static inline compare_cell *compare__row(compare_table *t, const char *name) {
     compare_row *row = &t->row[t->rows++];
     row->heading = 0;
     snprintf(row->cell[0], COMPARE_CELL, "%s", name);
@@ -243,13 +246,13 @@ static inline char (*compare__row(compare_table *t, const char *name))[COMPARE_C
 }
 
 static inline void compare__heading(const compare *c, compare_table *t, const char *name) {
-    char(*cell)[COMPARE_CELL] = compare__row(t, name);
+    compare_cell *cell = compare__row(t, name);
     t->row[t->rows - 1].heading = 1;
     for (size_t i = 0; i < c->count; i++) snprintf(cell[i], COMPARE_CELL, "%s", c->result[i].strategy);
 }
 
 /* A formula beside what was measured: "= 0.405", or the difference "(+128 B) 0.405". */
-static inline void compare__formula(char cell[COMPARE_CELL], double measured, double formula, double scale,
+static inline void compare__formula(compare_cell cell, double measured, double formula, double scale,
                                     int decimals, const char *unit) {
     char difference[32] = "=";
     if (measured != formula) snprintf(difference, sizeof difference, "(%+.10g%s)", measured - formula, unit);
@@ -261,10 +264,10 @@ static inline void compare__formula(char cell[COMPARE_CELL], double measured, do
 
 static inline void compare__numbers(const compare *c, compare_table *t) {
     compare__heading(c, t, "numbers");
-    char(*equal)[COMPARE_CELL] = compare__row(t, "losses and norms");
-    char(*weights)[COMPARE_CELL] = compare__row(t, "final weights");
-    char(*loss)[COMPARE_CELL] = compare__row(t, "last loss");
-    char(*accuracy)[COMPARE_CELL] = compare__row(t, "validation accuracy");
+    compare_cell *equal = compare__row(t, "losses and norms");
+    compare_cell *weights = compare__row(t, "final weights");
+    compare_cell *loss = compare__row(t, "last loss");
+    compare_cell *accuracy = compare__row(t, "validation accuracy");
     for (size_t i = 0; i < c->count; i++) {
         const compare_result *r = &c->result[i];
         snprintf(equal[i], COMPARE_CELL, i ? "equal" : "reference");
@@ -278,8 +281,8 @@ static inline void compare__numbers(const compare *c, compare_table *t) {
 static inline void compare__memory(const compare *c, compare_table *t) {
     compare__heading(c, t, "memory at rest, MB");
     for (int k = 0; k < RT_CATEGORIES; k++) {
-        char(*used)[COMPARE_CELL] = compare__row(t, rt_category_name((rt_category)k));
-        char(*formula)[COMPARE_CELL] = compare__row(t, "  formula");
+        compare_cell *used = compare__row(t, rt_category_name((rt_category)k));
+        compare_cell *formula = compare__row(t, "  formula");
         for (size_t i = 0; i < c->count; i++) {
             const compare_rank *r = compare_fullest(c, i);
             double bytes = (double)r->ledger.bytes[k];
@@ -287,8 +290,8 @@ static inline void compare__memory(const compare *c, compare_table *t) {
             compare__formula(formula[i], bytes, r->formula.bytes[k], 1e-6, 3, " B");
         }
     }
-    char(*total)[COMPARE_CELL] = compare__row(t, "total");
-    char(*peak)[COMPARE_CELL] = compare__row(t, "total, peak");
+    compare_cell *total = compare__row(t, "total");
+    compare_cell *peak = compare__row(t, "total, peak");
     for (size_t i = 0; i < c->count; i++) {
         const compare_rank *r = compare_fullest(c, i);
         snprintf(total[i], COMPARE_CELL, "%.3f", 1e-6 * (double)r->ledger.total_bytes);
@@ -308,9 +311,9 @@ static inline void compare__traffic(const compare *c, compare_table *t) {
     compare__heading(c, t, "traffic of a step, elements");
     for (int op = 0; op < DIST_OPS; op++) {
         if (!compare__uses(c, op)) continue;
-        char(*elements)[COMPARE_CELL] = compare__row(t, dist_op_name((dist_op)op));
-        char(*formula)[COMPARE_CELL] = compare__row(t, "  formula");
-        char(*sent)[COMPARE_CELL] = compare__row(t, "  sent by a rank, MB");
+        compare_cell *elements = compare__row(t, dist_op_name((dist_op)op));
+        compare_cell *formula = compare__row(t, "  formula");
+        compare_cell *sent = compare__row(t, "  sent by a rank, MB");
         for (size_t i = 0; i < c->count; i++) {
             const compare_rank *r = compare_fullest(c, i);
             double n = (double)r->traffic[op].elements / (double)c->result[i].steps;
@@ -325,8 +328,8 @@ static inline void compare__traffic(const compare *c, compare_table *t) {
             snprintf(sent[i], COMPARE_CELL, "%.3f", 1e-6 * compare_sent(c, i, op, &most));
         }
     }
-    char(*sent)[COMPARE_CELL] = compare__row(t, "total sent, MB");
-    char(*by_one)[COMPARE_CELL] = compare__row(t, "  most by one rank");
+    compare_cell *sent = compare__row(t, "total sent, MB");
+    compare_cell *by_one = compare__row(t, "  most by one rank");
     for (size_t i = 0; i < c->count; i++) {
         snprintf(sent[i], COMPARE_CELL, "%.3f", 1e-6 * compare_sent(c, i, DIST_OPS, &most));
         snprintf(by_one[i], COMPARE_CELL, "%.3f", 1e-6 * most);
@@ -335,10 +338,10 @@ static inline void compare__traffic(const compare *c, compare_table *t) {
 
 static inline void compare__time(const compare *c, compare_table *t) {
     compare__heading(c, t, "time of a step, ms");
-    char(*time)[COMPARE_CELL] = compare__row(t, "median");
-    char name[COMPARE_CELL];
+    compare_cell *time = compare__row(t, "median");
+    compare_cell name;
     snprintf(name, sizeof name, "  relative to %s", c->result[0].strategy);
-    char(*ratio)[COMPARE_CELL] = compare__row(t, name);
+    compare_cell *ratio = compare__row(t, name);
     for (size_t i = 0; i < c->count; i++) {
         const compare_result *r = &c->result[i];
         snprintf(time[i], COMPARE_CELL, "%.2f", 1e3 * r->median_s);
@@ -404,7 +407,7 @@ typedef struct compare_bars {
     int parts;
     const char *part[DIST_OPS], *colour[DIST_OPS];
     double value[COMPARE_MOST][DIST_OPS];
-    char note[COMPARE_MOST][COMPARE_CELL]; /* right of the bar */
+    compare_cell note[COMPARE_MOST]; /* right of the bar */
 } compare_bars;
 
 /* In pixels; a character of the text is at most CHARACTER wide. */

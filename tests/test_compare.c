@@ -118,7 +118,7 @@ static void test_files(void **state) {
 /* What differs from its formula is shown with the difference; what has none, with a dash. */
 static void test_formulas(void **state) {
     (void)state;
-    char cell[COMPARE_CELL];
+    compare_cell cell;
     compare__formula(cell, 1000000, 1000000, 1e-6, 3, " B");
     assert_string_equal(cell, "= 1.000");
     compare__formula(cell, 1000004, 1000000, 1e-6, 3, " B");

@@ -134,8 +134,9 @@ verdict "Markdown" "$(markdown | head -1)"
 stands_alone() {
     sed -n 1p "$work/$run.out" | grep -v \
         "^ViT of 8x8 images, patch 2, dim 16, depth 2, heads 2, 10 classes: [0-9]* parameters$"
+    batch="24 images = 6 batch size x 2 accumulation x 2 ranks"
     same "the second line" "$(sed -n 2p "$work/$run.out")" \
-        "digits, fp32: 8 steps of 24 images = 6 batch size x 2 accumulation x 2 ranks; gradient reduction every"
+        "digits, fp32: 8 steps of $batch; gradient reduction every"
 }
 verdict "the table stands alone" "$(stands_alone | head -1)"
 
