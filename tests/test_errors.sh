@@ -495,9 +495,10 @@ disk=$work/disk # a small one, where root may mount one
 disk_fills_up() { # training goes on: there is an older checkpoint
     # shellcheck disable=SC2086
     $train $small --quiet --output-dir "$disk/run" --nproc-per-node 2 --batch-size 16 --max-steps 9 \
-        >"$work/stdout" 2>"$err" || echo "status $?: $(head -1 "$err")"
-    [ "$(grep -c '^train: warning: .*safetensors: no room for [0-9]* bytes: No space left' "$err")" -eq 2 ] &&
-        [ "$(wc -l <"$err")" -eq 2 ] || echo "expected two warnings, found $(wc -l <"$err"): $(head -1 "$err")"
+        >"$work/stdout" 2>"$work/disk.err" || echo "status $?: $(head -1 "$work/disk.err")"
+    warnings=$(grep -c "^train: warning: .*safetensors: no room for [0-9]* bytes: No space left" "$work/disk.err")
+    [ "$warnings" = 2 ] && [ "$(wc -l <"$work/disk.err")" -eq 2 ] ||
+        echo "expected two warnings, found $(head -1 "$work/disk.err")"
     jq -s 'map(select(.event == "step")) | length == 9' "$disk/run/metrics.jsonl" | grep -q true ||
         echo "steps are missing from metrics.jsonl"
     found=$(cd "$disk/run/checkpoints" && echo *)
