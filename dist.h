@@ -277,7 +277,7 @@ void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
 
-/* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to begin. */
+/* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to end. */
 void dist_request_stop(dist *d);
 
 /* Forward alone, as in evaluation; every rank must call it. logits [B, V], losses [B] into host memory, or
@@ -874,17 +874,13 @@ static void dist__update(dist *d) {
     const vit_context *c = &d->context;
     rt_block counters = rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS);
     double divisor = (double)d->comm->size * (double)d->options.accumulation * c->loss_scale;
-    rt_event *ready = NULL; /* stays so without squares: the loss was there before the last gradients went */
-    size_t owned = 0;       /* elements that this rank updates */
+    size_t owned = 0; /* elements that this rank updates */
     for (size_t u = 0; u < d->model->units; u++) {
         owned += d->shard[u].trained - d->shard[u].lo;
-        if (d->shard[u].squares.count) {
-            vit_sum_of_squares(c, counters, d->shard[u].squares);
-            ready = &d->control_ready;
-        }
+        if (d->shard[u].squares.count) vit_sum_of_squares(c, counters, d->shard[u].squares);
     }
-    if (ready) rt_record(d->rank, RT_COMPUTE, ready);
-    dist__collective(d, DIST_CONTROL, d->control, d->control, "step", ready, &d->control_done);
+    rt_record(d->rank, RT_COMPUTE, &d->control_ready);
+    dist__collective(d, DIST_CONTROL, d->control, d->control, "step", &d->control_ready, &d->control_done);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
     if (owned && d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
@@ -1361,8 +1357,6 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
                                    [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t)};
     vit_copy_in(&d->context, d->scalars, scalars);
     vit_fill(&d->context, d->control, 0);
-    int64_t one = 1;
-    if (d->stop_requested) vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &one);
 }
 
 void dist_request_stop(dist *d) { d->stop_requested = 1; }
@@ -1379,7 +1373,8 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
 
 void dist_end_step(dist *d, dist_result *result) {
     double scalars[VIT_SCALARS] = {0};
-    int64_t loss[3] = {0}; /* and bad losses, and who wants to stop */
+    int64_t loss[3] = {0}, stop = d->stop_requested; /* loss, bad losses, ranks that want to stop */
+    vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &stop);
     d->strategy->step(d);
     vit_copy_out(&d->context, scalars, d->scalars);
     vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 3));

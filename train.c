@@ -773,8 +773,8 @@ static int write_pointers(trainer *t) {
 }
 
 /* Every rank calls it; the rest is rank 0's. If it cannot be written and there is an older one, training goes
- * on. */
-static int write_checkpoint(trainer *t, size_t step, size_t used) {
+ * on; but the last one of a run must be. */
+static int write_checkpoint(trainer *t, size_t step, size_t used, int last) {
     const train_options *o = &t->r->o;
     error_text e = {{0}};
     char folder[CHECKPOINT_PATH], name[32], best_before[32];
@@ -794,6 +794,7 @@ static int write_checkpoint(trainer *t, size_t step, size_t used) {
         t->best_saved = saved_before;
         memcpy(t->best, best_before, sizeof best_before);
         if (rt_failed(t->rank)) return -1;
+        if (last) return *e.text ? rt_fail(t->rank, "%s", e.text) : -1;
         return *e.text ? write_failed(t, &e) : t->saved ? 0 : -1;
     }
     t->saved = 1;
@@ -894,13 +895,13 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last, int to_
     while (*step < last && !stop) {
         double began = rt_seconds(), rate = scheduled_rate(o, *step, r->steps);
         dist_result result = {0};
-        if (stop_signals) dist_request_stop(&t->d);
         dist_begin_step(&t->d, *step + 1, rate);
         for (size_t m = 0; m < o->gradient_accumulation_steps; m++) {
             const loader_batch *batch = next_batch(t, l);
             if (!batch) return -1;
             dist_micro_batch(&t->d, m, batch->images, batch->labels, batch->keys);
         }
+        if (stop_signals) dist_request_stop(&t->d);
         dist_end_step(&t->d, &result);
         if (rt_failed(t->rank) || (t->comm.observe && print_schedule(t))) return -1;
         ++*step;
@@ -920,7 +921,7 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last, int to_
         }
         due = o->checkpoint_interval_steps != SIZE_MAX && *step % o->checkpoint_interval_steps == 0;
         if (stop || (due && *step < last)) { /* that of the epoch's end comes after the evaluation */
-            if (write_checkpoint(t, *step, t->position + steps * G)) return -1;
+            if (write_checkpoint(t, *step, t->position + steps * G, stop)) return -1;
             checkpoints += rt_seconds() - now;
         }
     }
@@ -932,7 +933,7 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last, int to_
     if ((end || (epoch + 1) % o->eval_interval == 0) && evaluate_and_log(t, *step, epoch)) return -1;
     if (log_epoch(t, *step, steps, seconds, data, communication)) return -1;
     if (!end && !due && (epoch + 1) % o->checkpoint_interval != 0) return 0;
-    return write_checkpoint(t, *step, t->position + steps * G);
+    return write_checkpoint(t, *step, t->position + steps * G, end);
 }
 
 /* One epoch, or what is left of it, or of the steps. 1: a signal has come. */
