@@ -278,6 +278,16 @@ static int resume_batch(run *r, error_text *e) {
     return 0;
 }
 
+/* Optimizer steps of all epochs: those that were made before, and those that are left. */
+static size_t steps_of_epochs(const run *r) {
+    const checkpoint_state *s = &r->state; /* all 0 in a new training */
+    size_t left;
+    if (r->o.epochs <= s->epoch) return s->step;
+    if (size_multiply(r->o.epochs - s->epoch - 1, r->steps_per_epoch, &left)) return SIZE_MAX;
+    size_t of_this_one = s->step + (r->train.count - s->position) / r->global_batch;
+    return left > SIZE_MAX - of_this_one ? SIZE_MAX : of_this_one + left;
+}
+
 /* Fills in every default that depends on something else; config.json shows what came of it. */
 static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
@@ -330,11 +340,14 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
                          "than the data set, %zu images",
                          o->batch_size, M, n, r->train.count);
     r->steps_per_epoch = r->train.count / r->global_batch;
-    if (o->epochs == SIZE_MAX) /* with a number of steps alone: as many epochs as they take */
-        o->epochs = o->max_steps == SIZE_MAX ? recipes[kind].epochs
-                                             : (o->max_steps + r->steps_per_epoch - 1) / r->steps_per_epoch;
-    if (size_multiply(o->epochs, r->steps_per_epoch, &r->steps)) r->steps = SIZE_MAX;
-    if (r->steps > o->max_steps) r->steps = o->max_steps;
+    r->steps = o->max_steps;
+    if (o->epochs == SIZE_MAX && o->max_steps != SIZE_MAX) { /* as many epochs as the steps take */
+        o->epochs = (o->max_steps + r->steps_per_epoch - 1) / r->steps_per_epoch;
+    } else {
+        if (o->epochs == SIZE_MAX) o->epochs = recipes[kind].epochs;
+        size_t steps = steps_of_epochs(r);
+        if (r->steps > steps) r->steps = steps;
+    }
     if (o->warmup_steps == SIZE_MAX) o->warmup_steps = r->steps / 20;
     return 0;
 }
@@ -672,11 +685,6 @@ static int predict(trainer *t) {
 
 /* -------------------------------------------------------------------------------------- the training loop */
 
-/* The epoch before which training ends, if it has not made all its steps by then. */
-static size_t last_epoch(const run *r) {
-    return r->o.max_steps == SIZE_MAX || given(r, &r->o.epochs) ? r->o.epochs : SIZE_MAX;
-}
-
 /* The rate of step t = 0, 1, ... of T with W steps of warm-up. */
 static double scheduled_rate(const train_options *o, size_t t, size_t T) {
     double lr = o->learning_rate, least = o->min_learning_rate;
@@ -884,9 +892,9 @@ static int log_epoch(trainer *t, size_t step, size_t steps, double seconds, doub
     return log_line(t, line);
 }
 
-/* The steps of an epoch up to `last`, after which the epoch is over or not; *step counts those that are done.
- * The loader has their batches. 1: a signal has come; the checkpoint is written. */
-static int train_steps(trainer *t, loader *l, size_t *step, size_t last, int to_end) {
+/* The steps of an epoch up to `last`; *step counts those that are done. The loader has their batches. 1: a
+ * signal has come; the checkpoint is written. */
+static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
     const run *r = t->r;
     const train_options *o = &r->o;
     size_t steps = 0, epoch = t->epoch, G = r->global_batch;
@@ -929,7 +937,7 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last, int to_
     data = t->data_s - data;
     communication = t->rank->communication_s - communication;
     if (stop) return 1;
-    int end = *step == r->steps || (to_end && epoch + 1 == last_epoch(r));
+    int end = *step == r->steps;
     if ((end || (epoch + 1) % o->eval_interval == 0) && evaluate_and_log(t, *step, epoch)) return -1;
     if (log_epoch(t, *step, steps, seconds, data, communication)) return -1;
     if (!end && !due && (epoch + 1) % o->checkpoint_interval != 0) return 0;
@@ -940,13 +948,12 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last, int to_
 static int train_epoch(trainer *t, size_t *step) {
     const run *r = t->r;
     size_t left = (r->train.count - t->position) / r->global_batch;
-    int to_end = left <= r->steps - *step;
-    size_t last = to_end ? *step + left : r->steps;
+    size_t last = r->steps - *step < left ? r->steps : *step + left;
     if (left == 0) return 0; /* resumed with a larger global batch */
     loader l;
     sampler_order(r->o.seed, t->epoch, r->train.count, r->o.shuffle, t->order);
     if (start_loader(t, &l, draw_training, 0, (last - *step) * r->o.gradient_accumulation_steps)) return -1;
-    int status = train_steps(t, &l, step, last, to_end);
+    int status = train_steps(t, &l, step, last);
     loader_close(&l);
     return status;
 }
@@ -1154,7 +1161,7 @@ static int train_loop(trainer *t) {
     run *r = t->r;
     size_t first = begin_at(t), step = first;
     int status = 0;
-    if (step >= r->steps || t->epoch >= last_epoch(r)) {
+    if (step >= r->steps) {
         if (is_first(t)) fprintf(stderr, "%s: complete, step %zu of %zu\n", r->resumed, step, r->steps);
         return 0;
     }
@@ -1164,7 +1171,7 @@ static int train_loop(trainer *t) {
         t->comm.observe = schedule_observe;
     }
     t->started = rt_seconds();
-    while (step < r->steps && t->epoch < last_epoch(r) && !status) {
+    while (step < r->steps) {
         if ((status = train_epoch(t, &step)) < 0) return -1;
         if (status) break;
         t->epoch++;
