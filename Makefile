@@ -112,6 +112,7 @@ bench: train build/plain/bench_cpu build/plain/bench_decode
 	@if [ -n "$$DATA_DIR" ]; then build/plain/bench_decode "$$DATA_DIR"; \
 	else echo "decoding: skipped, as DATA_DIR names no folder of images"; fi
 	tests/bench_ranks.sh
+	tests/bench_ranks.sh 9 vit_tiny_patch16_224 8 9 ddp:2:1 zero3:2:1
 
 bench-pytorch: train
 	tests/bench_pytorch.sh
