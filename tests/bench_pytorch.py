@@ -3,8 +3,8 @@
     python tests/bench_pytorch.py [--rounds N] [--steps N] [CONFIGURATION ...]   # or: make bench-pytorch
 
 A configuration is MODEL:BATCH:RANKS[:STRATEGY], say vit_tiny_patch16_224:8:1, with the batch of all ranks
-together. One rank has THREADS threads; two or more, which are threads of ./train and processes of PyTorch over
-gloo, have one each. ddp is compared with DistributedDataParallel, eager and with torch.compile; zero3 with
+together. One rank has THREADS threads; two or more, which are threads of ./train and processes of PyTorch
+over gloo, have one each. ddp is compared with DistributedDataParallel, eager and with torch.compile; zero3 with
 fully_shard (FSDP2), each block a group of its own, then the rest. PyTorch has fused AdamW.
 
 In each round every side makes the same steps from the same weights; the first WARM_UP do not count, of the
@@ -226,8 +226,9 @@ def main():
     parser = argparse.ArgumentParser(description="./train against PyTorch")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6, help=f"of a round, of which {WARM_UP} do not count")
-    parser.add_argument("--modes", help="of PyTorch: eager, compile or fsdp (default for zero3: fsdp, else the others)")
-    parser.add_argument("configurations", nargs="*", metavar="MODEL:BATCH:RANKS[:STRATEGY]", default=CONFIGURATIONS)
+    parser.add_argument("--modes", help="of PyTorch: eager,compile, for zero3 fsdp, unless it is given")
+    parser.add_argument("configurations", nargs="*", metavar="MODEL:BATCH:RANKS[:STRATEGY]",
+                        default=CONFIGURATIONS)
     o = parser.parse_args()
     summary = []
     for configuration in o.configurations:

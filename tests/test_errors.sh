@@ -21,7 +21,8 @@ wrong_failure() {
     [ $status -eq "$expected" ] || echo "status $status, expected $expected: $(head -1 "$err")"
     [ "$(grep -a -c '^train: error: ' "$err")" -eq 1 ] || echo "found no or several errors: $(head -2 "$err")"
     # one line, or a line and a table, of which no line looks like another failure
-    [ "$(wc -l <"$err")" -eq 1 ] || { [ -n "${with_table:-}" ] && [ "$(grep -c '^train:' "$err")" -eq 1 ]; } ||
+    [ "$(wc -l <"$err")" -eq 1 ] ||
+        { [ -n "${with_table:-}" ] && [ "$(grep -c '^train:' "$err")" -eq 1 ]; } ||
         echo "stderr has $(wc -l <"$err") lines: $(head -1 "$err")"
     grep -a -E -q -- "^train: error: .*$pattern" "$err" || echo "expected $pattern, found $(head -1 "$err")"
     [ -s "$work/stdout" ] && echo "stdout: $(head -1 "$work/stdout")"
@@ -487,7 +488,8 @@ for n in 1 2 3; do
     find "$out/checkpoints" -name '*step*' | grep -q . && bad "no room: $n ranks" "a part is left"
 done
 # shellcheck disable=SC2086
-limited "no room for metrics.jsonl" 8 "metrics.jsonl: cannot write [0-9]* bytes at offset 4096: File too large" \
+limited "no room for metrics.jsonl" 8 \
+    "metrics.jsonl: cannot write [0-9]* bytes at offset 4096: File too large" \
     $small --batch-size 1 --nproc-per-node 3
 limited "no room for config.json" 1 "config.json.tmp: cannot write" --embed-dim 16 --max-steps 1
 
@@ -496,8 +498,9 @@ disk_fills_up() { # training goes on, as there is an older checkpoint; but the l
     # shellcheck disable=SC2086
     $train $small --quiet --output-dir "$disk/run" --nproc-per-node 2 --batch-size 16 --max-steps 9 \
         >"$work/stdout" 2>"$work/disk.err" && echo "status 0, though the last checkpoint cannot be written"
-    warnings=$(grep -c "^train: warning: .*safetensors: no room for [0-9]* bytes: No space left" "$work/disk.err")
-    errors=$(grep -c "^train: error: .*safetensors: no room for [0-9]* bytes: No space left" "$work/disk.err")
+    full=".*safetensors: no room for [0-9]* bytes: No space left"
+    warnings=$(grep -c "^train: warning: $full" "$work/disk.err")
+    errors=$(grep -c "^train: error: $full" "$work/disk.err")
     [ "$warnings$errors" = 11 ] && [ "$(wc -l <"$work/disk.err")" -eq 2 ] ||
         echo "expected a warning and an error, found $(head -1 "$work/disk.err")"
     jq -s 'map(select(.event == "step")) | length == 9' "$disk/run/metrics.jsonl" | grep -q true ||

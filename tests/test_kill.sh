@@ -1,22 +1,25 @@
 #!/bin/sh
-# kill -9 while checkpoints are written: every visible one must be whole, and training must go on to the same end.
+# kill -9 while checkpoints are written: every visible one must be whole, and training must go on to the same
+# end.
 #   KILLS=100 tests/test_kill.sh [BUILD]        default: 25
-# Two ranks write a checkpoint after each step, so that most of the time is spent on writing; a kill after a random
-# time hits the window when it leaves a "*.tmp" or "*.replaced" behind, or a folder that `latest` does not name yet.
+# Two ranks write a checkpoint after each step, so that most of the time is spent on writing; a kill after a
+# random time hits the window when it leaves a "*.tmp" or "*.replaced" behind, or a folder that `latest` does
+# not name yet.
 set -u
 . tests/lib.sh
 
 kills=${KILLS:-25}
-options='--nproc-per-node 2 --embed-dim 128 --depth 4 --num-heads 4 --limit-train 64 --limit-val 2 --batch-size 4
-    --epochs 1000000 --max-steps 1000000 --scheduler constant --warmup-steps 0 --checkpoint-interval-steps 1
-    --eval-interval 1000000 --keep-checkpoints 2 --gradient-reduction every --quiet'
+options='--nproc-per-node 2 --embed-dim 128 --depth 4 --num-heads 4 --limit-train 64 --limit-val 2
+    --batch-size 4 --epochs 1000000 --max-steps 1000000 --scheduler constant --warmup-steps 0
+    --checkpoint-interval-steps 1 --eval-interval 1000000 --keep-checkpoints 2 --gradient-reduction every --quiet'
 run=$work/run
 last_step() { basename "$(printf '%s\n' "$run"/checkpoints/step-*[0-9] | tail -1)" | sed 's/step-0*//'; }
 
 hits=0 why=
 for i in $(seq "$kills"); do
+    strategy=$(echo ddp zero1 zero2 zero3 dp | cut -d ' ' -f $((i % 5 + 1)))
     # shellcheck disable=SC2086
-    set -- $options --output-dir "$run" --resume auto --strategy "$(echo ddp zero1 zero2 zero3 dp | cut -d ' ' -f $((i % 5 + 1)))"
+    set -- $options --output-dir "$run" --resume auto --strategy "$strategy"
     before=$(last_step)
     $train "$@" >/dev/null 2>"$work/err" &
     pid=$!
@@ -35,8 +38,9 @@ for i in $(seq "$kills"); do
     fi
     grep -q '^train: warning' "$work/err" && why="$why $(grep '^train: warning' "$work/err" | head -1)"
     for folder in "$run"/checkpoints/step-*[0-9]; do # each is whole: training can begin from it
+        step=$(basename "$folder" | sed 's/step-0*//')
         # shellcheck disable=SC2086
-        $train $options --output-dir "$work/from" --resume "$folder" --max-steps "$(basename "$folder" | sed 's/step-0*//')" \
+        $train $options --output-dir "$work/from" --resume "$folder" --max-steps "$((step + 1))" \
             >/dev/null 2>"$work/err" || why="$why $folder: $(tail -1 "$work/err")"
         rm -rf "$work/from"
     done
@@ -48,7 +52,8 @@ verdict "kill -9 at $kills moments, $hits of them in the write window: all check
 steps=$(($(last_step) + 3))
 # shellcheck disable=SC2086
 why=$($train $options --output-dir "$run" --resume auto --max-steps $steps 2>&1 >/dev/null &&
-    $train $options --output-dir "$work/never" --max-steps $steps --checkpoint-interval-steps 1000000 2>&1 >/dev/null &&
+    $train $options --output-dir "$work/never" --max-steps $steps --checkpoint-interval-steps 1000000 2>&1 \
+        >/dev/null &&
     cmp "$run/checkpoints/$(cat "$run/checkpoints/latest")/model.safetensors" \
         "$work/never/checkpoints/$(cat "$work/never/checkpoints/latest")/model.safetensors" 2>&1)
 verdict "after $kills kills, step $steps: the weights of the run that was never killed" "$why"

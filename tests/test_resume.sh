@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs that stop and go on: at a step folder, by a signal, under another strategy, on other ranks, from a damaged
-# folder, on a full disk. What counts is the run that never stopped: its weights byte for byte, and its lines of
-# metrics.jsonl but for times. tests/test_resume.sh [BUILD]. Needs jq; mounts a small file system where it may.
+# Runs that stop and go on: at a step folder, by a signal, under another strategy, on other ranks, from a
+# damaged folder. What counts is the run that never stopped: its weights byte for byte, and its lines of
+# metrics.jsonl but for times. tests/test_resume.sh [BUILD]. Needs jq.
 set -u
 . tests/lib.sh
 
@@ -11,7 +11,8 @@ small='--embed-dim 16 --depth 2 --num-heads 2 --limit-train 275 --limit-val 30 -
     --gradient-clipping 1 --quiet --checkpoint-interval-steps 2 --keep-checkpoints 1000 --eval-interval 2
     --gradient-reduction every'
 # shellcheck disable=SC2086
-run() { name=$1; shift; $train $small --output-dir "$work/$name" "$@" >"$work/$name.out" 2>"$work/$name.err" ||
+run() { name=$1; shift
+    $train $small --output-dir "$work/$name" "$@" >"$work/$name.out" 2>"$work/$name.err" ||
     { echo "status $? of $name: $(grep '^train: error' "$work/$name.err")"; return 1; }; }
 step() { printf '%s/%s/checkpoints/step-%08d' "$work" "$1" "$2"; }                    # RUN STEP
 latest() { echo "$work/$1/checkpoints/$(cat "$work/$1/checkpoints/latest")"; }
@@ -27,7 +28,9 @@ lines() { # what must not depend on a stop: no times, one "start"
 }
 same_lines() { lines "$1" >"$work/a"; lines "$2" >"$work/b"; cmp "$work/a" "$work/b" 2>&1; }
 far_losses() { # RUN RUN TOLERANCE
-    for r in "$1" "$2"; do jq 'select(.event == "step").train_loss' "$work/$r/metrics.jsonl" >"$work/$r.losses"; done
+    for r in "$1" "$2"; do
+        jq 'select(.event == "step").train_loss' "$work/$r/metrics.jsonl" >"$work/$r.losses"
+    done
     paste "$work/$1.losses" "$work/$2.losses" | awk -v most="$3" '
         { d = $1 > $2 ? $1 - $2 : $2 - $1; if (d > largest) largest = d; if (NF != 2) largest = 1e9 }
         END { if (!NR || largest > most) print "losses differ by up to " largest }'
@@ -78,20 +81,22 @@ for from in $strategies; do
     verdict "from $from to every strategy, byte for byte" "$(echo "$why" | head -1)"
 done
 
-# A chain over strategies and numbers of ranks. The global batch, 24, is kept: 2 x 12, 3 x 8, 2 x 6 x 2, 1 x 6 x 4.
+# A chain over strategies and numbers of ranks. The global batch, 24, is kept: 2 x 12, 3 x 8, 2 x 6 x 2, and
+# 1 x 6 x 4.
 constant='--scheduler constant --warmup-steps 1'
 # shellcheck disable=SC2086
-why=$(run one --nproc-per-node 2 --batch-size 12 && run reference --nproc-per-node 2 --batch-size 12 $constant &&
+why=$(run one --nproc-per-node 2 --batch-size 12 &&
+    run reference --nproc-per-node 2 --batch-size 12 $constant &&
     run chain --nproc-per-node 2 --batch-size 12 $constant --max-steps 4)
 for link in "zero3 3 8" "zero1 2 15" "single 1 100"; do
     strategy=${link%% *} steps=${link##* } n=${link#* } n=${n% *}
     # shellcheck disable=SC2086
-    [ -n "$why" ] || why=$(run chain --nproc-per-node "$n" --strategy "$strategy" --max-steps "$steps" $constant \
-        --resume auto)
+    [ -n "$why" ] || why=$(run chain --nproc-per-node "$n" --strategy "$strategy" --max-steps "$steps" \
+        $constant --resume auto)
 done
 [ -n "$why" ] || why=$(far_losses reference chain 1e-5)
-[ -n "$why" ] || [ "$(jq -s -c 'map(select(.event == "start").global_batch_size)' "$work/chain/metrics.jsonl")" = \
-    "[24,24,24,24]" ] || why="the global batch was not kept"
+batches=$(jq -s -c 'map(select(.event == "start").global_batch_size)' "$work/chain/metrics.jsonl")
+[ -n "$why" ] || [ "$batches" = "[24,24,24,24]" ] || why="the global batch was not kept"
 verdict "ddp x 2, zero3 x 3, zero1 x 2, single: losses within 1e-5" "$(echo "$why" | head -1)"
 
 # SGD, a step folder of another run, an explicit folder further back.
@@ -107,7 +112,7 @@ verdict "from the folder of another run into a new one" "$why"
 copy sgd back
 # shellcheck disable=SC2086
 why=$(run unused $sgd --resume "$(step back 4)" --output-dir "$work/back" --max-steps 5)
-grep -q 'checkpoints after step 4 removed' "$work/unused.err" || why="$why: nothing is said of later checkpoints"
+grep -q 'checkpoints after step 4 removed' "$work/unused.err" || why="$why: nothing is said of later ones"
 found=$(cd "$work/back/checkpoints" && echo step-*)
 [ "$found" = "step-00000002 step-00000004 step-00000005" ] || why="$why: found $found"
 # shellcheck disable=SC2086
@@ -119,7 +124,7 @@ why=$(run unused $sgd --resume auto --output-dir "$work/done" && cmp "$work/sgd/
     "$work/done/metrics.jsonl" && grep -q 'complete, step 12 of 12' "$work/unused.err" || echo "not complete")
 verdict "a run that is complete stays as it is" "$why"
 why=$(run anew --resume auto --max-steps 1)
-grep -q 'found no checkpoint to resume, training begins anew' "$work/anew.err" || why="$why: it does not say so"
+grep -q 'found no checkpoint to resume, training begins anew' "$work/anew.err" || why="$why: it is silent"
 verdict "auto without a checkpoint begins anew" "$why"
 
 # ------------------------------------------------------------------------------------------------- signals
@@ -132,7 +137,7 @@ interrupt() { # NAME SIGNAL OPTIONS: sends the signal after some steps; prints t
         2>"$work/$name.err" &
     pid=$!
     for _ in $(seq 400); do
-        [ "$(grep -c '"event":"step"' "$work/$name/metrics.jsonl" 2>/dev/null || true)" -gt 3 ] 2>/dev/null && break
+        [ "$(grep -c '"event":"step"' "$work/$name/metrics.jsonl" 2>/dev/null)" -gt 3 ] 2>/dev/null && break
         sleep 0.01
     done
     kill -s "$signal" $pid
@@ -147,7 +152,8 @@ for signal in INT TERM; do
     [ "$status" = 130 ] || why="status $status: $(cat "$work/interrupted.err")"
     at=$(jq -s 'map(select(.event == "step")) | last.step' "$work/interrupted/metrics.jsonl")
     [ "$(latest interrupted)" = "$(step interrupted "$at")" ] || why="$why: no checkpoint of step $at"
-    grep -q "interrupted after step $at of .*--resume auto" "$work/interrupted.err" || why="$why: it does not say so"
+    grep -q "interrupted after step $at of .*--resume auto" "$work/interrupted.err" ||
+        why="$why: it does not say so"
     grep -q '^train: error' "$work/interrupted.err" && why="$why: it is no error"
     # shellcheck disable=SC2086
     [ -n "$why" ] || { rm -rf "$work/never"
@@ -184,11 +190,13 @@ fails() { # NAME PATTERN OPTIONS
     $train $small "$@" >"$work/bad.out" 2>"$work/bad.err"
     status=$? why=
     [ $status -eq 1 ] || why="status $status"
-    [ "$(grep -c '^train: error: ' "$work/bad.err")" = 1 ] && grep -E -q "^train: error: .*$pattern" "$work/bad.err" ||
+    [ "$(grep -c '^train: error: ' "$work/bad.err")" = 1 ] &&
+        grep -E -q "^train: error: .*$pattern" "$work/bad.err" ||
         why="$why: expected $pattern, found $(tail -1 "$work/bad.err")"
     verdict "$name" "$why"
 }
-fails "a model of another width" "model.safetensors: tensor patch_embed.proj.weight: found shape \[16, .*expected shape \[24" \
+fails "a model of another width" \
+    "model.safetensors: tensor patch_embed.proj.weight: found shape \[16, .*expected shape \[24" \
     --resume auto --output-dir "$work/one" --embed-dim 24 --nproc-per-node 2
 fails "a model of another depth" "tensor blocks.2.attn.qkv.weight: found none" \
     --resume auto --output-dir "$work/one" --depth 3 --nproc-per-node 2
@@ -196,9 +204,11 @@ fails "a model with other heads" "num_heads: found 2, expected 4" \
     --resume auto --output-dir "$work/one" --num-heads 4 --nproc-per-node 2
 fails "another seed" "trainer_state.json: found seed 0, asked for is 1: .*--seed" \
     --resume auto --output-dir "$work/one" --seed 1 --nproc-per-node 2
-fails "a global batch that the ranks do not divide" "global batch of 24 \(micro-batch 12\) cannot be kept on 5 ranks" \
+fails "a global batch that the ranks do not divide" \
+    "global batch of 24 \(micro-batch 12\) cannot be kept on 5 ranks" \
     --resume auto --output-dir "$work/one" --nproc-per-node 5
-fails "more ranks than samples in a batch" "global batch of 24 \(micro-batch 12\) cannot be kept on 25 ranks" \
+fails "more ranks than samples in a batch" \
+    "global batch of 24 \(micro-batch 12\) cannot be kept on 25 ranks" \
     --resume auto --output-dir "$work/one" --nproc-per-node 25
 fails "an output directory that holds a run" "already holds a run; .*--resume auto" --output-dir "$work/one"
 fails "no step folder" "none: found no model.safetensors, expected a step folder" --resume "$work/none"
@@ -207,7 +217,8 @@ sed -i 's/"embed-dim":.*/"embed-dim": 20,/' "$work/empty/config.json"
 fails "an output directory of another configuration" "config.json: found embed-dim 20, asked for is 16" \
     --resume auto --output-dir "$work/empty" --nproc-per-node 2
 copy one short && truncate -s 100 "$work/short/metrics.jsonl"
-fails "metrics.jsonl is too short" "metrics.jsonl: found 100 bytes, expected the [0-9]* that the checkpoint tells of" \
+fails "metrics.jsonl is too short" \
+    "metrics.jsonl: found 100 bytes, expected the [0-9]* that the checkpoint tells of" \
     --resume "$(step short 10)" --nproc-per-node 2
 
 stopped one 12 damaged
@@ -220,9 +231,9 @@ flip "$(step damaged 12)/model.safetensors" $((size / 2))
 half=$(($(wc -c <"$(step damaged 11)/optimizer.safetensors") / 2))
 truncate -s $half "$(step damaged 11)/optimizer.safetensors"
 why=$(run damaged --nproc-per-node 2 --batch-size 12 --resume auto && same_weights one damaged)
-grep -E -q 'warning: .*step-00000012/model.safetensors: tensor .blocks.*checksum .*damaged' "$work/damaged.err" ||
+grep -E -q 'warning: .*12/model.safetensors: tensor .blocks.*checksum .*damaged' "$work/damaged.err" ||
     why="$why: $(head -1 "$work/damaged.err")"
-grep -E -q 'warning: .*step-00000011/optimizer.safetensors: found a file of [0-9]* bytes, expected .*tensor .exp_avg' \
+grep -E -q 'warning: .*11/optimizer.safetensors: found a file of [0-9]* bytes, expected .*tensor .exp_avg' \
     "$work/damaged.err" || why="$why: $(sed -n 2p "$work/damaged.err")"
 verdict "auto passes over damaged and half-copied folders, and names them" "$why"
 stopped one 12 damaged

@@ -80,7 +80,8 @@ case_of "zero1, every micro-batch reduced" every-zero1 --strategy zero1 --nproc-
 case_of "zero2, the whole gradient kept" last-zero2 --strategy zero2 --nproc-per-node 2 --batch-size 4 \
     --gradient-accumulation-steps 3 --epochs 1 --gradient-reduction last
 case_of "zero3, SGD, prefetching, activation checkpointing" zero3 --strategy zero3 --nproc-per-node 3 \
-    --batch-size 5 --gradient-accumulation-steps 2 --epochs 1 --prefetch 2 --activation-checkpointing --optimizer sgd
+    --batch-size 5 --gradient-accumulation-steps 2 --epochs 1 --prefetch 2 --activation-checkpointing \
+    --optimizer sgd
 case_of "intervals of lines, evaluations and checkpoints" intervals --batch-size 16 --epochs 7 \
     --log-interval 5 --eval-interval 2 --checkpoint-interval 3 --checkpoint-interval-steps 4 \
     --keep-checkpoints 2
@@ -474,7 +475,8 @@ for flavour in asan tsan; do
     sanitized "dp, 3 ranks, clipping" $flavour --strategy dp --nproc-per-node 3 --batch-size 2 \
         --gradient-accumulation-steps 3 --gradient-clipping 0.1 --checkpoint-interval-steps 1
     sanitized "zero3, 3 ranks, every second block recomputed" $flavour --strategy zero3 --nproc-per-node 3 \
-        --batch-size 2 --gradient-accumulation-steps 2 --activation-checkpointing=2 --prefetch 2 --drop-path 0.2
+        --batch-size 2 --gradient-accumulation-steps 2 --activation-checkpointing=2 --prefetch 2 \
+        --drop-path 0.2
     sanitized "zero2, 2 ranks" $flavour --strategy zero2 --nproc-per-node 2 --batch-size 2
     sanitized "one rank, a loaded model" $flavour --pretrained "$work/config" --optimizer sgd
 done
