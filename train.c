@@ -1038,7 +1038,8 @@ static void say_resumed(const trainer *t) {
                  ", %zu batch size x %zu accumulation before", s->batch_size, s->accumulation);
     for (int i = 0; i < 2; i++) {
         const char *before = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(s->options, names[i]));
-        if (before && strcmp(before, now[i]))
+        int counts = i || o->gradient_accumulation_steps > 1; /* one micro-batch has one way to be reduced */
+        if (counts && before && strcmp(before, now[i]))
             snprintf(other + strlen(other), sizeof other - strlen(other), ", %s %s before", names[i], before);
     }
     fprintf(stderr, "resumed from %s: step %zu, epoch %zu after %zu images%s%s\n", r->resumed, s->step,
