@@ -197,7 +197,8 @@ typedef struct dist {
     rt_event *last_reduced; /* of the reduction that was posted last */
     rt_block scalars, control, counts;
     rt_event control_ready, control_done, counts_ready, counts_done;
-    size_t micro; /* micro-batch of the step, from 0 */
+    size_t micro;       /* micro-batch of the step, from 0 */
+    int stop_requested; /* by this rank */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
     rt_event *arrived; /* dp, zero1, zero2: [units] the new parameters are here */
@@ -257,11 +258,17 @@ int dist_estimate(const vit_device *device, const vit_model *model, const dist_o
 void dist_import(dist *d, size_t u, const float *values);
 void dist_export(dist *d, size_t u, float *values);
 
+/* Optimizer state i of unit u (0: exp_avg or SGD's momentum, 1: exp_avg_sq), as with parameters: takes and gives
+ * [lo, trained) of this rank's shard, without the padding between ranks, of `values` [unit->count]. */
+void dist_import_state(dist *d, size_t u, int i, const float *values);
+void dist_export_state(dist *d, size_t u, int i, float *values);
+
 typedef struct dist_result {
     double loss;          /* mean over the global batch, before the update */
     double gradient_norm; /* of the mean loss, before clipping */
     size_t
         bad_losses; /* samples whose loss is not finite; then, and if the norm is not, nothing was updated */
+    int stop;       /* a rank has asked for it */
 } dist_result;
 
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
@@ -270,13 +277,16 @@ void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
 
+/* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to end. */
+void dist_request_stop(dist *d);
+
 /* Forward alone, as in evaluation; every rank must call it. logits [B, V], losses [B] into host memory, or
  * NULL. With not_finite: the index of the first unit whose output has a NaN or an infinity, or the number of
  * units. */
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,
                   size_t *not_finite);
 
-/* Sums n integers over all ranks, in place; every rank must call it. */
+/* Sums n integers over all ranks, in place, modulo 2^64; every rank must call it. */
 void dist_sum(dist *d, int64_t *values, size_t n);
 
 #endif /* DIST_H */
@@ -764,7 +774,7 @@ static void dist__collect(dist *d, dist_gradient_slot *slot) {
     rt_block sum = dist__kept(d, b), whole = rt_slice(slot->block, 0, b->count);
     dist__wait(d->comm, RT_COMPUTE, &slot->reduced);
     if (slot->adds && sum.count) vit_add(&d->context, sum, dist__share(d, b, whole));
-    dist__poison(d, whole);
+    dist__poison(d, slot->block);
     slot->bucket = NULL;
 }
 
@@ -819,6 +829,14 @@ static void dist__reduce_gradient(dist *d, size_t u) {
     dist__collective(d, d->strategy->reduce, whole, part, d->model->unit[u].name, &b->ready, d->last_reduced);
 }
 
+/* What passed through the slots has been reduced, and nothing is to be added. */
+static void dist__free_gradient_slots(dist *d) {
+    for (int i = 0; i < 2; i++) {
+        if (d->gradient_slot[i].bucket) dist__poison(d, d->gradient_slot[i].block);
+        d->gradient_slot[i].bucket = NULL;
+    }
+}
+
 /* After the last micro-batch: the gradient is complete for the compute stream. */
 static void dist__finish_gradient(dist *d) {
     if (d->options.accumulation > 1 && dist__reduces_in_slots(d)) {
@@ -826,11 +844,11 @@ static void dist__finish_gradient(dist *d) {
         dist__collect(d, dist__gradient_slot(d, d->buckets + 1));
     } else {
         dist__wait(d->comm, RT_COMPUTE, d->last_reduced); /* the stream's last: it implies the others */
-        for (int i = 0; i < 2; i++) d->gradient_slot[i].bucket = NULL;
+        dist__free_gradient_slots(d);
     }
 }
 
-enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__NORM = 2, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
+enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__STOP, DIST__NORM, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
 
 /* Updates what this rank owns of elements [begin, end) of a unit, at the learning rate of a layer: with layer
  * decay that of the layers below falls geometrically (timm's param_groups_layer_decay, after BEiT). */
@@ -856,17 +874,13 @@ static void dist__update(dist *d) {
     const vit_context *c = &d->context;
     rt_block counters = rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS);
     double divisor = (double)d->comm->size * (double)d->options.accumulation;
-    rt_event *ready = NULL; /* stays so without squares: the loss was there before the last gradients went */
-    size_t owned = 0;       /* elements that this rank updates */
+    size_t owned = 0; /* elements that this rank updates */
     for (size_t u = 0; u < d->model->units; u++) {
         owned += d->shard[u].trained - d->shard[u].lo;
-        if (d->shard[u].squares.count) {
-            vit_sum_of_squares(c, counters, d->shard[u].squares);
-            ready = &d->control_ready;
-        }
+        if (d->shard[u].squares.count) vit_sum_of_squares(c, counters, d->shard[u].squares);
     }
-    if (ready) rt_record(d->rank, RT_COMPUTE, ready);
-    dist__collective(d, DIST_CONTROL, d->control, d->control, "step", ready, &d->control_done);
+    rt_record(d->rank, RT_COMPUTE, &d->control_ready);
+    dist__collective(d, DIST_CONTROL, d->control, d->control, "step", &d->control_ready, &d->control_done);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
     if (owned && d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
@@ -990,11 +1004,10 @@ static rt_block dp_pre_forward(dist *d, size_t u) {
 }
 
 static void dp_step(dist *d) {
-    if (d->comm->index == 0)
-        dist__finish_gradient(d);
-    else /* dist__update's collective comes after theirs: the slots are free */
-        d->gradient_slot[0].bucket = d->gradient_slot[1].bucket = NULL;
+    int root = d->comm->index == 0;
+    if (root) dist__finish_gradient(d);
     dist__update(d);
+    if (!root) dist__free_gradient_slots(d); /* the update's collective came after theirs */
     dist__refresh(d);
 }
 
@@ -1290,6 +1303,23 @@ void dist_export(dist *d, size_t u, float *values) {
     if (held) vit_copy_out(&d->context, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));
 }
 
+/* The elements of a state that stand for the unit's own. */
+static rt_block dist__state(const dist *d, size_t u, int i) {
+    rt_block state = d->shard[u].state[i];
+    size_t held = dist__held(d, u);
+    return rt_slice(state, 0, state.count < held ? state.count : held);
+}
+
+void dist_import_state(dist *d, size_t u, int i, const float *values) {
+    rt_block state = dist__state(d, u, i);
+    if (state.count) vit_copy_in(&d->context, state, values + d->shard[u].lo);
+}
+
+void dist_export_state(dist *d, size_t u, int i, float *values) {
+    rt_block state = dist__state(d, u, i);
+    if (state.count) vit_copy_out(&d->context, values + d->shard[u].lo, state);
+}
+
 static void dist__load_batch(dist *d, const void *images, const int32_t *labels, const uint64_t *keys) {
     vit_copy_in(&d->context, d->activations.batch.images, images);
     vit_copy_in(&d->context, d->activations.batch.labels, labels);
@@ -1330,6 +1360,8 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
     vit_fill(&d->context, d->control, 0);
 }
 
+void dist_request_stop(dist *d) { d->stop_requested = 1; }
+
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels,
                       const uint64_t *keys) {
     d->micro = micro;
@@ -1342,13 +1374,14 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
 
 void dist_end_step(dist *d, dist_result *result) {
     double scalars[VIT_SCALARS] = {0};
-    int64_t loss[2] = {0};
+    int64_t loss[3] = {0}, stop = d->stop_requested; /* loss, bad losses, ranks that want to stop */
+    vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &stop);
     d->strategy->step(d);
     vit_copy_out(&d->context, scalars, d->scalars);
-    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 2));
+    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 3));
     *result = (dist_result){(double)loss[0] * VIT_LOSS_UNIT /
                                 ((double)d->comm->size * (double)d->options.accumulation),
-                            scalars[VIT_GRADIENT_NORM], (size_t)loss[1]};
+                            scalars[VIT_GRADIENT_NORM], (size_t)loss[1], loss[2] != 0};
 }
 
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,

@@ -1163,7 +1163,7 @@ static void sum_buffers(rt_stream *s, const rt_block *to, size_t n_to, const rt_
     for (size_t at = 0; at < bytes; at += BLOCK) {
         union {
             float f[BLOCK / sizeof(float)];
-            int64_t i[BLOCK / sizeof(int64_t)];
+            uint64_t i[BLOCK / sizeof(uint64_t)]; /* sums wrap */
         } sum;
         const size_t n = min_size(BLOCK, bytes - at);
         memcpy(&sum, (char *)from->data + at, n);
@@ -1174,7 +1174,7 @@ static void sum_buffers(rt_stream *s, const rt_block *to, size_t n_to, const rt_
                 for (size_t j = 0; j < n / sizeof(float); j++) sum.f[j] += ((const float *)x)[j];
             else
 #pragma omp simd
-                for (size_t j = 0; j < n / sizeof(int64_t); j++) sum.i[j] += ((const int64_t *)x)[j];
+                for (size_t j = 0; j < n / sizeof(uint64_t); j++) sum.i[j] += ((const uint64_t *)x)[j];
         }
         for (size_t k = 0; k < n_to; k++) memcpy((char *)to[k].data + at, &sum, n);
     }
