@@ -66,6 +66,23 @@ for setting in "1 25 1" "2 5 2" "3 4 2"; do # ranks, batch size, accumulation
     verdict "resumed = never stopped: $n ranks, accumulation $M" "$(echo "$why" | head -1)"
 done
 
+# in lower precision: master weights and the loss scale go into the step folder
+for precision in "bf16 fp32" "bf16 bf16" "fp16 fp16" "fp16 fp32"; do
+    options="--nproc-per-node 2 --batch-size 5 --gradient-accumulation-steps 2 --precision ${precision% *}"
+    options="$options --reduce-dtype ${precision#* }"
+    rm -rf "$work/low"
+    # shellcheck disable=SC2086
+    why=$(run low $options --strategy zero3)
+    for at in 2 6; do
+        stopped low $at stopped
+        # shellcheck disable=SC2086
+        [ -n "$why" ] || why=$(run stopped $options --strategy ddp --resume auto)
+        [ -n "$why" ] || why="$(same_weights low stopped)$(same_lines low stopped)"
+        [ -z "$why" ] || why="after step $at: $why"
+    done
+    verdict "resumed = never stopped: $precision" "$(echo "$why" | head -1)"
+done
+
 options='--nproc-per-node 3 --batch-size 4 --gradient-accumulation-steps 2'
 for from in $strategies; do
     rm -rf "$work/from"

@@ -5,6 +5,7 @@
  * programs as reachability in a graph. Times are compared with what the definition gives for clocks that were
  * set by hand, 100 virtual seconds apart: what the operations really take is lost in that. A hang ends in
  * SIGALRM. */
+#include <float.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -818,6 +819,59 @@ static void worlds_of_all_sizes_come_one_after_another(void **state) {
     for (int i = 0; i < 300; i++) assert_string_equal(run(1 + i % MOST_RANKS, sum_body, &caller).message, "");
 }
 
+/* ---------------------------------------------------------------------------------------- numbers of 16 bits */
+
+static uint16_t narrowed(double x, rt_type type) {
+    float from = (float)x;
+    uint16_t to;
+    rt_narrow(&to, &from, 1, type);
+    return to;
+}
+
+/* Every pattern of both types is the number that IEEE 754 says, in IEEE's words: (-1)^s 2^(e - bias) (1 + m / 2^bits),
+ * or 2^(1 - bias) m / 2^bits where e is 0. It is rounded to itself; between it and its neighbour the nearer one
+ * wins, and halfway the even one; from halfway beyond the largest number on it is infinity. */
+static void sixteen_bit_numbers_follow_ieee_754(void **state) {
+    static const struct {
+        rt_type type;
+        int bits, bias;
+    } types[] = {{RT_BF16, 7, 127}, {RT_FP16, 10, 15}};
+    (void)state;
+    for (int t = 0; t < 2; t++) {
+        rt_type type = types[t].type;
+        int bits = types[t].bits, bias = types[t].bias;
+        uint16_t special = (uint16_t)((2 * bias + 1) << bits);
+        for (uint32_t h = 0; h < 65536; h++) {
+            uint16_t pattern = (uint16_t)h, magnitude = pattern & 0x7FFF;
+            int e = magnitude >> bits, m = magnitude & ((1 << bits) - 1);
+            double sign = h & 0x8000 ? -1 : 1;
+            double x = ldexp(e ? m + (1 << bits) : m, (e ? e : 1) - bias - bits);
+            double next = ldexp((e ? m + (1 << bits) : m) + 1, (e ? e : 1) - bias - bits);
+            float wide;
+            rt_widen(&wide, &pattern, 1, type);
+            if (magnitude > special) {
+                assert_true(isnan(wide));
+                uint16_t again = narrowed((double)wide, type);
+                assert_true((again & 0x7FFF) > special && (again & 0x8000) == (pattern & 0x8000));
+                continue;
+            }
+            if (magnitude == special) x = (double)INFINITY;
+            assert_true((double)wide == sign * x && !signbit(wide) == (sign > 0));
+            assert_int_equal(narrowed((double)wide, type), pattern);
+            if (magnitude == special) continue;
+            float half = (float)((x + next) / 2), below = nextafterf(half, 0),
+                  above = nextafterf(half, INFINITY);
+            assert_true((double)half == (x + next) / 2);
+            assert_int_equal(narrowed(sign * (double)half, type), pattern + (pattern & 1));
+            assert_int_equal(narrowed(sign * (double)below, type), pattern);
+            assert_int_equal(narrowed(sign * (double)above, type), pattern + 1);
+        }
+        assert_int_equal(narrowed((double)FLT_MAX, type), special);
+        assert_int_equal(narrowed(-(double)INFINITY, type), special | 0x8000);
+        assert_int_equal(narrowed((double)FLT_MIN / 4, RT_FP16), 0);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(types_have_their_sizes),
@@ -840,6 +894,7 @@ int main(void) {
         cmocka_unit_test(memory_outlives_the_collective_that_works_on_it),
         cmocka_unit_test(closing_waits_for_slower_ranks),
         cmocka_unit_test(worlds_of_all_sizes_come_one_after_another),
+        cmocka_unit_test(sixteen_bit_numbers_follow_ieee_754),
     };
     alarm(120);
     return cmocka_run_group_tests_name("runtime", tests, NULL, NULL);
