@@ -384,6 +384,7 @@ typedef struct {
     dist_call call[DIST_GROUP];
     size_t calls;
     double ready;
+    rt_event posted; /* on a device that runs behind the host: the stream's end when the rank posted */
     uint64_t sequence;
 } dist__part;
 
@@ -546,6 +547,24 @@ static void dist__execute(dist_hub *hub, dist__meeting *m, size_t i, const dist_
     comm->device->sum_buffers(s, to, n_to, from, n_from);
 }
 
+/* Where operations run behind the host, the executing rank's stream waits for what the others' streams held when
+ * they posted, and theirs wait for what it launches. So all this is no more than launched, too. */
+static void dist__begin_on_device(const dist_hub *hub, dist__meeting *m, rt_stream *s) {
+    for (int r = 0; r < hub->size && s->rank->wait; r++)
+        if (m->part[r].rank && m->part[r].rank != s->rank) s->rank->wait(s, &m->part[r].posted);
+}
+
+static void dist__end_on_device(const dist_hub *hub, dist__meeting *m, rt_stream *s) {
+    rt_event end;
+    if (s->rank->record) s->rank->record(s, &end);
+    for (int r = 0; r < hub->size && s->rank->record; r++) {
+        rt_rank *rank = m->part[r].rank;
+        rt_stream *theirs = rank ? &rank->stream[m->part[r].call[0].stream] : NULL;
+        if (rank && rank != s->rank) rank->wait(theirs, &end);
+        for (size_t i = 0; i < m->part[r].calls; i++) rank->record(theirs, m->part[r].call[i].done);
+    }
+}
+
 static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) {
     dist_hub *hub = comm->shared;
     rt_rank *rank = comm->rank;
@@ -578,6 +597,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         done->done = 0;
         s->tail = done;
     }
+    if (rank->record) rank->record(s, &part->posted);
     rank->last = dist__note(comm->name, part, 0);
     const dist__part *first = &m->part[m->first];
     size_t at = 0;
@@ -601,7 +621,9 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         rank->world->executing++;
         pthread_mutex_unlock(&rank->world->lock);
         double start = rt_seconds();
+        dist__begin_on_device(hub, m, s);
         for (size_t i = 0; i < n; i++) dist__execute(hub, m, i, comm);
+        dist__end_on_device(hub, m, s);
         double seconds = rt_seconds() - start;
         rank->communication_s += seconds;
         pthread_mutex_lock(&rank->world->lock);
@@ -1187,7 +1209,7 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
 }
 
 void dist_close(dist *d) {
-    rt_event end;
+    rt_event end = {0};
     if (d->rank) rt_record(d->rank, RT_COMMUNICATION, &end); /* slower ranks may need what this one posted */
     for (size_t u = 0; d->shard && u < d->model->units; u++)
         for (int i = 0; i < 2; i++) rt_free(d->rank, RT_OPTIMIZER, &d->shard[u].state[i]);
@@ -1284,7 +1306,7 @@ void dist_import(dist *d, size_t u, const float *values) {
 
 void dist_export(dist *d, size_t u, float *values) {
     size_t held = dist__held(d, u);
-    rt_event posted; /* new parameters may still be on their way */
+    rt_event posted = {0}; /* new parameters may still be on their way */
     rt_record(d->rank, RT_COMMUNICATION, &posted);
     rt_wait(d->rank, RT_COMPUTE, &posted);
     if (held) vit_copy_out(&d->context, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));

@@ -1317,7 +1317,7 @@ static void copies_zero_and_add_do_what_they_say(void **state) {
 
 static void every_device_offers_every_operation(void **state) {
     FOR_EACH_DEVICE(b, state) {
-        void *entries[sizeof(vit_device) / sizeof(void *)];
+        void *entries[offsetof(vit_device, memory) / sizeof(void *)]; /* what follows is optional */
         memcpy(entries, b->device, sizeof entries);
         for (size_t i = 0; i < COUNT(entries); i++) assert_non_null(entries[i]);
     }
