@@ -265,7 +265,7 @@ typedef struct dist_result {
 } dist_result;
 
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
- * the model's type, labels [B], keys [B] of the samples' own randomness. */
+ * float, labels [B], keys [B] of the samples' own randomness. */
 void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
@@ -866,10 +866,10 @@ static void dist__optimize(dist *d, const vit_unit *unit, size_t begin, size_t e
     rt_block state0 = rt_slice(s->state[0], at, n);
     decayed = decayed < from ? 0 : decayed < to ? decayed - from : n;
     if (d->options.optimizer == DIST_ADAMW)
-        vit_adamw(&d->context, param, state0, rt_slice(s->state[1], at, n), grad, d->scalars, decayed, rate,
-                  &d->options.adamw);
+        vit_adamw(&d->context, param, (rt_block){0}, state0, rt_slice(s->state[1], at, n), grad, d->scalars,
+                  decayed, rate, &d->options.adamw);
     else
-        vit_sgd(&d->context, param, state0, grad, d->scalars, decayed, rate, &d->options.sgd);
+        vit_sgd(&d->context, param, (rt_block){0}, state0, grad, d->scalars, decayed, rate, &d->options.sgd);
 }
 
 /* The update, common to all: the exact norm of what this rank owns, one small all-reduce that joins the
@@ -877,7 +877,7 @@ static void dist__optimize(dist *d, const vit_unit *unit, size_t begin, size_t e
 static void dist__update(dist *d) {
     const vit_context *c = &d->context;
     rt_block counters = rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS);
-    double divisor = (double)d->comm->size * (double)d->options.accumulation * c->loss_scale;
+    double divisor = (double)d->comm->size * (double)d->options.accumulation;
     rt_event *ready = NULL; /* stays so without squares: the loss was there before the last gradients went */
     size_t owned = 0;       /* elements that this rank updates */
     for (size_t u = 0; u < d->model->units; u++) {
@@ -1202,7 +1202,7 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
                                .model = model,
                                .batch = &d->activations.batch,
                                .B = options->batch_size,
-                               .loss_scale = 1,
+                               .scalars = d->scalars,
                                .losses = d->activations.losses,
                                .workspace = d->activations.workspace};
     return 0;
@@ -1346,7 +1346,8 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
     const vit_adamw_options *o = &d->options.adamw;
     double scalars[VIT_SCALARS] = {[VIT_LEARNING_RATE] = learning_rate,
                                    [VIT_BIAS_CORRECTION1] = 1 - pow(o->beta1, (double)t),
-                                   [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t)};
+                                   [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t),
+                                   [VIT_LOSS_SCALE] = 1};
     vit_copy_in(&d->context, d->scalars, scalars);
     vit_fill(&d->context, d->control, 0);
 }

@@ -39,6 +39,11 @@ typedef enum { RT_U8, RT_I32, RT_I64, RT_U64, RT_FP16, RT_BF16, RT_FP32, RT_FP64
 /* Bytes of one element. */
 size_t rt_type_size(rt_type type);
 
+/* n numbers of type bf16 or fp16 as floats, and n floats rounded to that type: to nearest, ties to even, what is
+ * too large to infinity; a NaN stays one. Subnormal numbers are as good as others. */
+void rt_widen(float *to, const uint16_t *from, size_t n, rt_type type);
+void rt_narrow(uint16_t *to, const float *from, size_t n, rt_type type);
+
 /* Streams of a rank. The host counts as one: what it does happens before all that it launches later. */
 enum { RT_HOST, RT_COMPUTE, RT_COMMUNICATION, RT_STREAMS };
 
@@ -228,6 +233,63 @@ size_t rt_type_size(rt_type type) {
                                    [RT_FP16] = 2, [RT_BF16] = 2, [RT_FP32] = 4, [RT_FP64] = 8};
     return sizes[type];
 }
+
+static inline float rt__float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline uint32_t rt__bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* bf16 is the upper half of an fp32. */
+static inline float rt__from_bf16(uint16_t h) { return rt__float((uint32_t)h << 16); }
+
+static inline uint16_t rt__to_bf16(float x) {
+    uint32_t u = rt__bits(x), rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    return (uint16_t)((u & 0x7FFFFFFF) > 0x7F800000 ? u >> 16 | 0x40 : rounded);
+}
+
+/* fp16 has 5 bits of exponent, biased by 15 (fp32: 8 bits, by 127), and 10 of significand. Without branches, so
+ * that loops vectorise. Subnormal: a multiple of 2^-24, which subtraction of 2^-14 leaves. */
+static inline float rt__from_fp16(uint16_t h) {
+    uint32_t u = (uint32_t)(h & 0x7FFF) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t normal = u + (112u << 23), special = u | 0x7F800000;
+    uint32_t subnormal = rt__bits(rt__float(u + (113u << 23)) - 0x1p-14f);
+    uint32_t bits = u < 1u << 23 ? subnormal : normal;
+    return rt__float((u >= 31u << 23 ? special : bits) | sign);
+}
+
+/* Subnormal: the sum with 0.5, whose last bit is 2^-24, rounds. */
+static inline uint16_t rt__to_fp16(float x) {
+    uint32_t u = rt__bits(x), a = u & 0x7FFFFFFF, sign = u >> 16 & 0x8000;
+    uint32_t normal = (a - (112u << 23) + 0xFFF + (a >> 13 & 1)) >> 13;
+    uint32_t subnormal = rt__bits(rt__float(a) + 0.5f) - 0x3F000000;
+    uint32_t special = a > 0x7F800000 ? 0x7E00 | (a >> 13 & 0x3FF) : 0x7C00;
+    uint32_t bits = a < 113u << 23 ? subnormal : normal;
+    return (uint16_t)((a >= 143u << 23 ? special : bits) | sign);
+}
+
+#define RT__EACH(convert)                                                                                    \
+    for (size_t i = 0; i < n; i++) to[i] = convert(from[i])
+void rt_widen(float *restrict to, const uint16_t *restrict from, size_t n, rt_type type) {
+    if (type == RT_BF16)
+        RT__EACH(rt__from_bf16);
+    else
+        RT__EACH(rt__from_fp16);
+}
+
+void rt_narrow(uint16_t *restrict to, const float *restrict from, size_t n, rt_type type) {
+    if (type == RT_BF16)
+        RT__EACH(rt__to_bf16);
+    else
+        RT__EACH(rt__to_fp16);
+}
+#undef RT__EACH
 
 rt_block rt_slice(rt_block block, size_t offset, size_t count) {
     if (block.data) block.data = (char *)block.data + offset * rt_type_size(block.type);

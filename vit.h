@@ -69,8 +69,9 @@ enum {
     VIT_LEARNING_RATE,
     VIT_BIAS_CORRECTION1, /* 1 - beta1^t */
     VIT_BIAS_CORRECTION2, /* 1 - beta2^t */
+    VIT_LOSS_SCALE,       /* gradients are those of so many times the loss: fp16 would lose small ones */
     VIT_GRADIENT_FACTOR,  /* average, unscaling and clipping in one; 0: skip this step's update */
-    VIT_GRADIENT_NORM,    /* of the averaged gradient, before clipping */
+    VIT_GRADIENT_NORM,    /* of the averaged gradient, unscaled, before clipping */
     VIT_SCALARS
 };
 
@@ -87,7 +88,8 @@ typedef struct vit_sgd_options {
 } vit_sgd_options;
 
 /* The operations of a device. Shapes are those of the blocks' contents; blocks of the model's type unless it
- * says otherwise. `forward` entries write their first blocks, `backward` entries overwrite gradients of
+ * says otherwise: where that is bf16 or fp16, "at least fp32" is fp32 (and in fp64 it is fp64). Arithmetic inside
+ * an operation is at least fp32, and what it stores is rounded once, to nearest even. `forward` entries write their first blocks, `backward` entries overwrite gradients of
  * parameters. An absent optional block has no data. The table is the whole of what a device must offer. */
 typedef struct vit_device {
     const char *name; /* "cpu" */
@@ -101,7 +103,7 @@ typedef struct vit_device {
     void (*copy_in)(rt_stream *s, rt_block to, const void *from);
     void (*copy_out)(rt_stream *s, void *to, rt_block from);
 
-    /* Number of elements that attention_forward saves for attention_backward, for B images. */
+    /* Number of elements (at least fp32) that attention_forward saves for attention_backward, for B images. */
     size_t (*attention_saved)(size_t B, size_t T, size_t Q, size_t H, size_t head_dim);
 
     /* y [rows, out] = x [rows, in] w [out, in]^T + b [out]. With pre [rows, out]: pre takes that, y =
@@ -140,7 +142,7 @@ typedef struct vit_device {
     void (*residual_backward)(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                               size_t count, double rate, uint64_t salt);
 
-    /* patches [B, N, C * P * P] of images [B, C, height, width]; pixels beyond the last whole patch are left
+    /* patches [B, N, C * P * P] of images [B, C, height, width] (at least fp32); pixels beyond the last whole patch are left
      * out. */
     void (*patchify_forward)(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,
                              size_t height, size_t width, size_t P);
@@ -150,39 +152,42 @@ typedef struct vit_device {
     void (*embedding_backward)(rt_stream *s, rt_block dx, rt_block dcls, rt_block dpos, rt_block dout,
                                size_t B, size_t N, size_t D);
 
-    /* probabilities [B, V] = softmax(logits); losses [B] (at least fp32) = cross entropy with the labels [B]
+    /* probabilities [B, V] = softmax(logits), losses [B] (both at least fp32) = cross entropy with the labels [B]
      * (int32), smoothed: target = (1 - smoothing) one_hot + smoothing / V. */
     void (*cross_entropy_forward)(rt_stream *s, rt_block losses, rt_block probabilities, rt_block logits,
                                   rt_block labels, size_t B, size_t V, double smoothing);
-    /* dlogits = scale * (probabilities - target). */
+    /* dlogits = scale * scalars[VIT_LOSS_SCALE] * (probabilities - target); without scalars, scale * (...). */
     void (*cross_entropy_backward)(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels,
-                                   size_t B, size_t V, double smoothing, double scale);
+                                   rt_block scalars, size_t B, size_t V, double smoothing, double scale);
     /* total (int64) [0] += sum over b of losses[b] / B in units of VIT_LOSS_UNIT, [1] += number that are not
      * finite. */
     void (*loss_accumulate)(rt_stream *s, rt_block total, rt_block losses, size_t B);
 
     /* Optimizers as PyTorch defines them, on a flat run of which the first `decayed` elements decay. The
      * learning rate is rate * scalars[VIT_LEARNING_RATE]. The gradient is first multiplied by
-     * scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. */
-    void (*adamw)(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-                  rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
-    void (*sgd)(rt_stream *s, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-                size_t decayed, double rate, const vit_sgd_options *o);
+     * scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. Optimizer state is at least fp32; grad of the
+     * model's type or of another of fp32, bf16, fp16. With a master [like param] (fp32), that is updated, and param
+     * = the rounded master; without, param is its own master. */
+    void (*adamw)(rt_stream *s, rt_block param, rt_block master, rt_block exp_avg, rt_block exp_avg_sq,
+                  rt_block grad, rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
+    void (*sgd)(rt_stream *s, rt_block param, rt_block master, rt_block momentum, rt_block grad,
+                rt_block scalars, size_t decayed, double rate, const vit_sgd_options *o);
 
-    /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x, whose start is a
+    /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x (any type), whose start is a
      * multiple of 16 elements: the sum of each granule of 16 is formed in double, in a fixed order, then its
      * significand is added as two integers to the counters of its exponent. Integer sums do not depend on
      * their order. */
     void (*sum_of_squares)(rt_stream *s, rt_block counters, rt_block x);
-    /* From the counters of the whole gradient (a sum of `divisor` gradients): scalars[VIT_GRADIENT_NORM] =
-     * norm / divisor, scalars[VIT_GRADIENT_FACTOR] = min(1, clip / (norm + 1e-6)) / divisor (clip 0: off); 0
-     * if not finite. */
+    /* From the counters of the whole gradient (a sum of `divisor` gradients), with n = divisor *
+     * scalars[VIT_LOSS_SCALE]: scalars[VIT_GRADIENT_NORM] = norm / n, scalars[VIT_GRADIENT_FACTOR] = min(1, clip /
+     * (norm / n + 1e-6)) / n (clip 0: off); 0 if not finite. */
     void (*gradient_factor)(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip);
 
-    void (*fill)(rt_stream *s, rt_block x, int byte);  /* every byte of x = byte */
-    void (*add)(rt_stream *s, rt_block x, rt_block y); /* x += y */
+    void (*fill)(rt_stream *s, rt_block x, int byte);       /* every byte of x = byte */
+    void (*cast)(rt_stream *s, rt_block to, rt_block from); /* any of fp32, bf16 and fp16 to any; [n] both */
+    void (*add)(rt_stream *s, rt_block x, rt_block y);      /* x += y; y may be of another type, as in cast */
     /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by
-     * element (fp32 or int64). A `to` may be one of `from`. Called by the rank that executes, on memory of
+     * element (fp32, bf16, fp16 or int64; of 16-bit numbers the sum is formed in fp32 and rounded once). A `to` may be one of `from`. Called by the rank that executes, on memory of
      * all ranks. */
     void (*sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from);
 
@@ -264,7 +269,7 @@ void vit_unit_initialise(const vit_unit *unit, uint64_t seed, float *parameters)
 
 /* The data of one micro-batch in device memory, readable by every unit. */
 typedef struct vit_batch {
-    rt_block images;      /* [B, C, height, width] */
+    rt_block images;      /* [B, C, height, width]; fp32 also where the model's type is narrower */
     rt_block labels;      /* int32 [B] */
     rt_block sample_keys; /* uint64 [B]: what the sample's own randomness (drop-path) is keyed by */
 } vit_batch;
@@ -278,7 +283,7 @@ typedef struct vit_context {
     const vit_batch *batch;
     size_t B;
     int training;       /* drop-path on */
-    double loss_scale;  /* gradients are those of loss_scale * mean loss */
+    rt_block scalars;   /* [VIT_SCALARS], of which backward needs the loss scale; absent: that is 1 */
     rt_block losses;    /* [B]: written by the head */
     rt_block workspace; /* scratch of one unit, [vit_workspace_bytes] */
 } vit_context;
@@ -342,7 +347,7 @@ int vit_open(vit_replica *vit, const vit_config *config, const vit_device *devic
              error_text *e);
 void vit_close(vit_replica *vit);
 
-/* images [B, C, height, width] in the model's type, labels int32 [B]; the mean loss (NaN if the world has
+/* images [B, C, height, width] in float (fp64: double), labels int32 [B]; the mean loss (NaN if the world has
  * failed). With drop-path, copy the samples' keys into activations.batch.sample_keys before each call
  * (vit_copy_in). */
 double vit_forward(vit_replica *vit, const void *images, const int32_t *labels);
@@ -358,15 +363,16 @@ void vit_logits(vit_replica *vit, void *logits);
 void vit_copy_in(const vit_context *c, rt_block to, const void *from);
 void vit_copy_out(const vit_context *c, void *to, rt_block from);
 void vit_fill(const vit_context *c, rt_block x, int byte);
+void vit_cast(const vit_context *c, rt_block to, rt_block from);
 void vit_add(const vit_context *c, rt_block x, rt_block y);
 void vit_loss_accumulate(const vit_context *c, rt_block total);
 void vit_sum_of_squares(const vit_context *c, rt_block counters, rt_block x);
 void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counters, double divisor,
                          double clip);
-void vit_adamw(const vit_context *c, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-               rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
-void vit_sgd(const vit_context *c, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-             size_t decayed, double rate, const vit_sgd_options *o);
+void vit_adamw(const vit_context *c, rt_block param, rt_block master, rt_block exp_avg, rt_block exp_avg_sq,
+               rt_block grad, rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
+void vit_sgd(const vit_context *c, rt_block param, rt_block master, rt_block momentum, rt_block grad,
+             rt_block scalars, size_t decayed, double rate, const vit_sgd_options *o);
 
 #endif /* VIT_H */
 
@@ -574,8 +580,12 @@ void vit_fill(const vit_context *c, rt_block x, int byte) {
     VIT__RUN(c, fill, RT_BLOCKS({0}), RT_BLOCKS(x), 0, vit__bytes(x), x, byte);
 }
 
+void vit_cast(const vit_context *c, rt_block to, rt_block from) {
+    VIT__RUN(c, cast, RT_BLOCKS(from), RT_BLOCKS(to), 0, vit__bytes(from) + vit__bytes(to), to, from);
+}
+
 void vit_add(const vit_context *c, rt_block x, rt_block y) {
-    VIT__RUN(c, add, RT_BLOCKS(x, y), RT_BLOCKS(x), (double)x.count, 3 * vit__bytes(x), x, y);
+    VIT__RUN(c, add, RT_BLOCKS(x, y), RT_BLOCKS(x), (double)x.count, 2 * vit__bytes(x) + vit__bytes(y), x, y);
 }
 
 void vit_loss_accumulate(const vit_context *c, rt_block total) {
@@ -594,18 +604,24 @@ void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counte
              vit__bytes(counters), scalars, counters, divisor, clip);
 }
 
-void vit_adamw(const vit_context *c, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-               rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o) {
-    VIT__RUN(c, adamw, RT_BLOCKS(param, exp_avg, exp_avg_sq, grad, scalars),
-             RT_BLOCKS(param, exp_avg, exp_avg_sq), 14 * (double)param.count, 7 * vit__bytes(param), param,
-             exp_avg, exp_avg_sq, grad, scalars, decayed, rate, o);
+/* Bytes of parameters and gradient in an update: the master, or param itself, is read and written. */
+static double vit__update_bytes(rt_block param, rt_block master, rt_block grad) {
+    return (master.data ? 1 : 2) * vit__bytes(param) + 2 * vit__bytes(master) + vit__bytes(grad);
 }
 
-void vit_sgd(const vit_context *c, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-             size_t decayed, double rate, const vit_sgd_options *o) {
-    VIT__RUN(c, sgd, RT_BLOCKS(param, momentum, grad, scalars), RT_BLOCKS(param, momentum),
-             6 * (double)param.count, 5 * vit__bytes(param), param, momentum, grad, scalars, decayed, rate,
-             o);
+void vit_adamw(const vit_context *c, rt_block param, rt_block master, rt_block exp_avg, rt_block exp_avg_sq,
+               rt_block grad, rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o) {
+    VIT__RUN(c, adamw, RT_BLOCKS(param, master, exp_avg, exp_avg_sq, grad, scalars),
+             RT_BLOCKS(param, master, exp_avg, exp_avg_sq), 14 * (double)param.count,
+             vit__update_bytes(param, master, grad) + 4 * vit__bytes(exp_avg), param, master, exp_avg,
+             exp_avg_sq, grad, scalars, decayed, rate, o);
+}
+
+void vit_sgd(const vit_context *c, rt_block param, rt_block master, rt_block momentum, rt_block grad,
+             rt_block scalars, size_t decayed, double rate, const vit_sgd_options *o) {
+    VIT__RUN(c, sgd, RT_BLOCKS(param, master, momentum, grad, scalars), RT_BLOCKS(param, master, momentum),
+             6 * (double)param.count, vit__update_bytes(param, master, grad) + 2 * vit__bytes(momentum),
+             param, master, momentum, grad, scalars, decayed, rate, o);
 }
 
 static void vit__linear_forward(const vit_context *c, rt_block y, rt_block pre, rt_block x, rt_block w,
@@ -889,9 +905,9 @@ static void vit__head_backward(const vit_context *c, const vit_unit *u, rt_block
     rt_block dlogits = vit__take(&w, m->type, c->B * m->V), dnorm = vit__take(&w, m->type, c->B * m->D);
     if (!din.data) dnorm = (rt_block){0};
     (void)dout;
-    VIT__RUN(c, cross_entropy_backward, RT_BLOCKS(v.probabilities, labels), RT_BLOCKS(dlogits),
-             2 * (double)dlogits.count, 2 * vit__bytes(dlogits), dlogits, v.probabilities, labels, c->B, m->V,
-             m->config.label_smoothing, c->loss_scale / (double)c->B);
+    VIT__RUN(c, cross_entropy_backward, RT_BLOCKS(v.probabilities, labels, c->scalars), RT_BLOCKS(dlogits),
+             2 * (double)dlogits.count, 2 * vit__bytes(dlogits), dlogits, v.probabilities, labels, c->scalars,
+             c->B, m->V, m->config.label_smoothing, 1 / (double)c->B);
     vit__linear_backward(c, dnorm, vit__parameter(u, grads, HEAD_WEIGHT), vit__parameter(u, grads, HEAD_BIAS),
                          dlogits, v.norm, vit__parameter(u, params, HEAD_WEIGHT), (rt_block){0}, c->B, m->D,
                          m->V);
@@ -1065,7 +1081,7 @@ int vit_activations_init(vit_activations *a, rt_rank *rank, const vit_device *de
     }
     if (B < 1) return rt_fail(rank, "rank %d: impossible batch of 0 images", rank->rank);
     size_t pixels = vit__count(m->C, m->config.image_height, m->config.image_width);
-    a->batch.images = rt_alloc(rank, RT_ACTIVATIONS, m->type, vit__count(B, pixels, 1), 1);
+    a->batch.images = rt_alloc(rank, RT_ACTIVATIONS, vit__statistic(m), vit__count(B, pixels, 1), 1);
     a->batch.labels = rt_alloc(rank, RT_ACTIVATIONS, RT_I32, B, 1);
     a->batch.sample_keys = rt_alloc(rank, RT_ACTIVATIONS, RT_U64, B, 1);
     for (size_t u = 0; u < m->units; u++) { /* room for the neediest of those that share it */
@@ -1131,7 +1147,6 @@ static int vit__open(vit_replica *vit, const vit_config *config, const vit_devic
                                  .batch = &vit->activations.batch,
                                  .B = B,
                                  .training = 1,
-                                 .loss_scale = 1,
                                  .losses = vit->activations.losses,
                                  .workspace = vit->activations.workspace};
     if (type != RT_FP32) return 0; /* the tests' double precision brings its own weights */

@@ -746,7 +746,8 @@ static void cross_entropy_forward(rt_stream *s, rt_block losses, rt_block probab
 
 /* p = softmax(logits), loss as above:  dlogits = p - target, times the scale */
 static void cross_entropy_backward(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels,
-                                   size_t B, size_t V, double smoothing, double scale) {
+                                   rt_block scalars, size_t B, size_t V, double smoothing, double scale) {
+    if (scalars.data) scale *= ((const double *)scalars.data)[VIT_LOSS_SCALE];
     const double everywhere = smoothing / (double)V;
 #pragma omp parallel for num_threads(team(s->rank, 0.3 * B * V)) schedule(static)
     for (size_t b = 0; b < B; b++) {
@@ -829,8 +830,8 @@ static void optimize(rt_rank *rank, float *const *x, size_t k, size_t first, siz
     for (size_t a = 0; a < k - 1; a++) memcpy(x[a] + whole, copy[a], (last - whole) * sizeof(float));
 }
 
-static void adamw(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_avg_sq, rt_block grad,
-                  rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o) {
+static void adamw(rt_stream *s, rt_block param, rt_block master, rt_block exp_avg, rt_block exp_avg_sq,
+                  rt_block grad, rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o) {
     const double *d = scalars.data, lr = rate * d[VIT_LEARNING_RATE];
     float *const x[] = {param.data, exp_avg.data, exp_avg_sq.data, grad.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
@@ -847,8 +848,8 @@ static void adamw(rt_stream *s, rt_block param, rt_block exp_avg, rt_block exp_a
     optimize(s->rank, x, 4, decayed, param.count, adamw_update, &c);
 }
 
-static void sgd(rt_stream *s, rt_block param, rt_block momentum, rt_block grad, rt_block scalars,
-                size_t decayed, double rate, const vit_sgd_options *o) {
+static void sgd(rt_stream *s, rt_block param, rt_block master, rt_block momentum, rt_block grad,
+                rt_block scalars, size_t decayed, double rate, const vit_sgd_options *o) {
     const double *d = scalars.data;
     float *const x[] = {param.data, momentum.data, grad.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
@@ -904,6 +905,7 @@ static void gradient_factor(rt_stream *s, rt_block scalars_, rt_block counters_,
                             double clip) {
     const int64_t *counters = counters_.data;
     double *scalars = scalars_.data, sum = 0;
+    divisor *= scalars[VIT_LOSS_SCALE];
     for (int i = 0; i < VIT_NORM_EXPONENTS; i++) {
         const double significands = (double)counters[2 * i] + 0x1p26 * (double)counters[2 * i + 1];
         sum += ldexp(significands, i + VIT_NORM_MIN_EXPONENT - 52);
@@ -918,6 +920,23 @@ static void gradient_factor(rt_stream *s, rt_block scalars_, rt_block counters_,
 /* -------------------------------------------------------------------------------------- vector arithmetic */
 
 static void fill(rt_stream *s, rt_block x, int byte) { memset(x.data, byte, x.count * rt_type_size(x.type)); }
+
+static void cast(rt_stream *s, rt_block to, rt_block from) {
+    const size_t to_size = rt_type_size(to.type), from_size = rt_type_size(from.type);
+#pragma omp parallel for num_threads(team(s->rank, 0.4 * to.count)) schedule(static)
+    for (size_t i = 0; i < to.count; i += BLOCK) {
+        const size_t n = min_size(BLOCK, to.count - i);
+        void *out = (char *)to.data + i * to_size;
+        const void *in = (const char *)from.data + i * from_size;
+        float wide[BLOCK];
+        if (to.type == from.type) {
+            memcpy(out, in, n * to_size);
+        } else {
+            if (from.type != RT_FP32) rt_widen(to.type == RT_FP32 ? out : wide, in, n, from.type);
+            if (to.type != RT_FP32) rt_narrow(out, from.type == RT_FP32 ? in : wide, n, to.type);
+        }
+    }
+}
 
 static void add(rt_stream *s, rt_block x, rt_block y) {
     float *to = x.data;
@@ -1005,5 +1024,5 @@ const vit_device vit_cpu = {
     .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
     .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
-    .fill = fill, .add = add, .sum_buffers = sum_buffers, .description = vit_cpu_description,
+    .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers, .description = vit_cpu_description,
 };

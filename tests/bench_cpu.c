@@ -180,8 +180,8 @@ static void residual(bench *b, size_t in, size_t out) {
 }
 static void adamw(bench *b, size_t in, size_t out) {
     const vit_adamw_options o = {0.9, 0.999, 1e-8, 0.05};
-    vit_cpu.adamw(b->stream, rt_slice(b->w, 0, in * out), b->dw, b->pre, b->x, b->scalars, in * out / 2, 1,
-                  &o);
+    vit_cpu.adamw(b->stream, rt_slice(b->w, 0, in * out), (rt_block){0}, b->dw, b->pre, b->x, b->scalars,
+                  in * out / 2, 1, &o);
 }
 static void norm(bench *b, size_t in, size_t out) {
     vit_cpu.sum_of_squares(b->stream, b->counters, rt_slice(b->x, 0, in * out));
@@ -197,7 +197,8 @@ static void step(bench *b, size_t in, size_t out) {
     vit_fill(c, b->counters, 0);
     vit_sum_of_squares(c, b->counters, b->vit.gradients);
     vit_gradient_factor(c, b->scalars, b->counters, 1, 1);
-    vit_adamw(c, b->vit.parameters, b->exp_avg, b->exp_avg_sq, b->vit.gradients, b->scalars, 0, 1, &o);
+    vit_adamw(c, b->vit.parameters, (rt_block){0}, b->exp_avg, b->exp_avg_sq, b->vit.gradients, b->scalars, 0,
+              1, &o);
 }
 
 /* Products and attention alone: a forward pass, and twice that for backward, which needs no gradient of the

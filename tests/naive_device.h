@@ -346,9 +346,10 @@ static void NAIVE_OP(cross_entropy_forward)(rt_stream *s, rt_block losses_, rt_b
 }
 
 static void NAIVE_OP(cross_entropy_backward)(rt_stream *s, rt_block dlogits_, rt_block probabilities_,
-                                             rt_block labels_, size_t B, size_t V, double smoothing,
-                                             double scale) {
+                                             rt_block labels_, rt_block scalars, size_t B, size_t V,
+                                             double smoothing, double scale) {
     (void)s;
+    if (scalars.data) scale *= ((const double *)scalars.data)[VIT_LOSS_SCALE];
     REAL *dlogits = dlogits_.data;
     const REAL *p = probabilities_.data;
     /* loss = sum over v of target[v] * (log(sum over w of exp(logits[w])) - logits[v]); sum of target = 1 */
@@ -371,10 +372,10 @@ static void NAIVE_OP(loss_accumulate)(rt_stream *s, rt_block total_, rt_block lo
 
 /* --------------------------------------------------------------------------------------------- optimizers */
 
-static void NAIVE_OP(adamw)(rt_stream *s, rt_block param_, rt_block exp_avg_, rt_block exp_avg_sq_,
-                            rt_block grad_, rt_block scalars_, size_t decayed, double rate,
-                            const vit_adamw_options *o) {
-    (void)s;
+static void NAIVE_OP(adamw)(rt_stream *s, rt_block param_, rt_block master, rt_block exp_avg_,
+                            rt_block exp_avg_sq_, rt_block grad_, rt_block scalars_, size_t decayed,
+                            double rate, const vit_adamw_options *o) {
+    (void)s, (void)master;
     REAL *param = param_.data, *exp_avg = exp_avg_.data, *exp_avg_sq = exp_avg_sq_.data;
     const REAL *grad = grad_.data;
     const double *scalars = scalars_.data, learning_rate = rate * scalars[VIT_LEARNING_RATE];
@@ -390,9 +391,9 @@ static void NAIVE_OP(adamw)(rt_stream *s, rt_block param_, rt_block exp_avg_, rt
     }
 }
 
-static void NAIVE_OP(sgd)(rt_stream *s, rt_block param_, rt_block momentum_, rt_block grad_,
+static void NAIVE_OP(sgd)(rt_stream *s, rt_block param_, rt_block master, rt_block momentum_, rt_block grad_,
                           rt_block scalars_, size_t decayed, double rate, const vit_sgd_options *o) {
-    (void)s;
+    (void)s, (void)master;
     REAL *param = param_.data, *momentum = momentum_.data;
     const REAL *grad = grad_.data;
     const double *scalars = scalars_.data;
@@ -436,6 +437,7 @@ static void NAIVE_OP(gradient_factor)(rt_stream *s, rt_block scalars_, rt_block 
         sum += ldexp((double)counters[2 * i] * 0x1p27 + (double)counters[2 * i + 1],
                      i + VIT_NORM_MIN_EXPONENT - 53);
     int finite = counters[VIT_NORM_NOT_FINITE] == 0;
+    divisor *= scalars[VIT_LOSS_SCALE];
     double norm = finite ? sqrt(sum) / divisor : NAN;
     double clipping = clip > 0 ? fmin(1, clip / (norm + 1e-6)) : 1;
     scalars[VIT_GRADIENT_NORM] = norm;
@@ -447,6 +449,11 @@ static void NAIVE_OP(gradient_factor)(rt_stream *s, rt_block scalars_, rt_block 
 static void NAIVE_OP(fill)(rt_stream *s, rt_block x, int byte) {
     (void)s;
     memset(x.data, byte, x.count * rt_type_size(x.type));
+}
+
+static void NAIVE_OP(cast)(rt_stream *s, rt_block to, rt_block from) {
+    (void)s;
+    memcpy(to.data, from.data, to.count * sizeof(REAL));
 }
 
 static void NAIVE_OP(add)(rt_stream *s, rt_block x_, rt_block y_) {
@@ -504,6 +511,7 @@ static const vit_device NAIVE = {
     .sum_of_squares = NAIVE_OP(sum_of_squares),
     .gradient_factor = NAIVE_OP(gradient_factor),
     .fill = NAIVE_OP(fill),
+    .cast = NAIVE_OP(cast),
     .add = NAIVE_OP(add),
     .sum_buffers = NAIVE_OP(sum_buffers),
     .description = NAIVE_OP(description),

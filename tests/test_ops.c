@@ -322,7 +322,8 @@ static void cross_entropy_case(run *r) {
     r->device->cross_entropy_forward(r->s, losses.value, probabilities, logits.value, labels, B, V,
                                      r->c->rate);
     if (!r->backward) return;
-    r->device->cross_entropy_backward(r->s, logits.gradient, probabilities, labels, B, V, r->c->rate, scale);
+    r->device->cross_entropy_backward(r->s, logits.gradient, probabilities, labels, none, B, V, r->c->rate,
+                                      scale);
 }
 
 /* B, C, height, width, P */
@@ -504,10 +505,10 @@ static void no_class_token(rt_stream *s, rt_block dx, rt_block dcls, rt_block dp
     fill(dcls, 0);
 }
 
-static void no_smoothing(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels, size_t B,
-                         size_t V, double smoothing, double scale) {
+static void no_smoothing(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels,
+                         rt_block scalars, size_t B, size_t V, double smoothing, double scale) {
     (void)smoothing;
-    naive_fp64.cross_entropy_backward(s, dlogits, probabilities, labels, B, V, 0, scale);
+    naive_fp64.cross_entropy_backward(s, dlogits, probabilities, labels, scalars, B, V, 0, scale);
 }
 
 static void a_backward_that_lacks_a_term_is_caught(void **state) {
@@ -574,6 +575,8 @@ typedef struct {
     rt_block weights; /* of the functional; absent: the loss */
 } unit_run;
 
+enum { LOSS_SCALE = 8 };
+
 static double unit_functional(void *argument, double *magnitude) {
     const unit_run *r = argument;
     vit_replica *vit = r->vit;
@@ -588,7 +591,7 @@ static double unit_functional(void *argument, double *magnitude) {
         *magnitude += fabs(get(out, i) * get(r->weights, i));
     }
     for (size_t b = 0; !r->weights.data && b < SMALL_BATCH; b++) {
-        double term = vit->context.loss_scale * get(a->losses, b) / SMALL_BATCH;
+        double term = (vit->context.scalars.data ? LOSS_SCALE : 1) * get(a->losses, b) / SMALL_BATCH;
         sum += term;
         *magnitude += fabs(term);
     }
@@ -617,6 +620,8 @@ static void backward_of_every_unit_is_the_derivative_of_forward(void **state) {
     (void)state;
     vit_replica vit;
     double worst = 0;
+    rt_block scalars = block_new(RT_FP64, VIT_SCALARS);
+    set(scalars, VIT_LOSS_SCALE, LOSS_SCALE);
     open_small_model(&vit);
     for (int training = 0; training < 2; training++) {
         for (size_t unit = 0; unit < vit.model.units; unit++) {
@@ -626,7 +631,7 @@ static void backward_of_every_unit_is_the_derivative_of_forward(void **state) {
             unit_run r = {&vit, unit, head ? none : dout};
             double ignored;
             vit.context.training = training;
-            vit.context.loss_scale = head ? 8 : 1;
+            vit.context.scalars = head ? scalars : none;
             if (unit) fill_normal(in, 10 + unit);
             fill_normal(dout, 20 + unit);
             poison(unit_part(&vit, vit.gradients, unit));
@@ -644,6 +649,7 @@ static void backward_of_every_unit_is_the_derivative_of_forward(void **state) {
     }
     assert_false(rt_failed(vit.context.rank));
     vit_close(&vit);
+    release(RT_BLOCKS(scalars));
     print_message("             largest relative error %.1e\n", worst);
 }
 
@@ -959,7 +965,7 @@ static void cross_entropy_survives_large_logits_and_vanishing_probabilities(void
         for (size_t k = 0; k < COUNT(cases); k++) {
             rt_block logits = block_of(b->type, cases[k].logits, V);
             b->device->cross_entropy_forward(stream_of(b), loss, p, logits, labels, 1, V, cases[k].smoothing);
-            b->device->cross_entropy_backward(stream_of(b), d, p, labels, 1, V, cases[k].smoothing, 1);
+            b->device->cross_entropy_backward(stream_of(b), d, p, labels, none, 1, V, cases[k].smoothing, 1);
             if (!(fabs(get(loss, 0) - cases[k].loss) <= 1e-6 * fmax(1, cases[k].loss)))
                 fail_msg("%s, case %zu: loss %.9g, expected %.9g", b->name, k, get(loss, 0), cases[k].loss);
             for (size_t v = 0; v < V; v++) assert_true(fabs(get(d, v) - cases[k].gradient[v]) <= 1e-6);
@@ -1036,9 +1042,10 @@ static void update(const bench *b, const flat *f, int adamw, size_t begin, size_
     rt_block param = rt_slice(f->param, begin, n), grad = rt_slice(f->grad, begin, n);
     rt_block state0 = rt_slice(f->state[0], begin, n), state1 = rt_slice(f->state[1], begin, n);
     if (adamw)
-        b->device->adamw(stream_of(b), param, state0, state1, grad, f->scalars, decays, 0.5, &adamw_options);
+        b->device->adamw(stream_of(b), param, none, state0, state1, grad, f->scalars, decays, 0.5,
+                         &adamw_options);
     else
-        b->device->sgd(stream_of(b), param, state0, grad, f->scalars, decays, 0.5, &sgd_options);
+        b->device->sgd(stream_of(b), param, none, state0, grad, f->scalars, decays, 0.5, &sgd_options);
 }
 
 static void optimizers_follow_pytorch(void **state) {
@@ -1118,11 +1125,12 @@ typedef struct {
     double norm, factor;
 } norm_result;
 
-static norm_result norm_of(const bench *b, rt_block counters, double divisor, double clip) {
-    double scalars[VIT_SCALARS] = {1, 2, 3, 4, 5};
+static norm_result norm_of(const bench *b, rt_block counters, double divisor, double scale, double clip) {
+    double scalars[VIT_SCALARS] = {1, 2, 3, scale, 4, 5};
     rt_block block = {.data = scalars, .type = RT_FP64, .count = VIT_SCALARS};
     b->device->gradient_factor(stream_of(b), block, counters, divisor, clip);
-    assert_true(scalars[0] == 1 && scalars[1] == 2 && scalars[2] == 3); /* the host's part is not touched */
+    assert_true(scalars[0] == 1 && scalars[1] == 2 && scalars[2] == 3 &&
+                scalars[3] == scale); /* the host's part is not touched */
     return (norm_result){scalars[VIT_GRADIENT_NORM], scalars[VIT_GRADIENT_FACTOR]};
 }
 
@@ -1132,10 +1140,10 @@ static rt_block counters_new(void) {
     return counters;
 }
 
-static norm_result norm_of_values(const bench *b, rt_block x, double divisor, double clip) {
+static norm_result norm_of_values(const bench *b, rt_block x, double divisor, double scale, double clip) {
     rt_block counters = counters_new();
     b->device->sum_of_squares(stream_of(b), counters, x);
-    norm_result n = norm_of(b, counters, divisor, clip);
+    norm_result n = norm_of(b, counters, divisor, scale, clip);
     release(RT_BLOCKS(counters));
     return n;
 }
@@ -1182,7 +1190,7 @@ static void gradient_norm_is_the_square_root_of_the_sum(void **state) {
             long double sum = 0;
             fill_wide(x, k);
             for (size_t i = 0; i < x.count; i++) sum += (long double)get(x, i) * get(x, i);
-            double expected = (double)sqrtl(sum), norm = norm_of_values(b, x, 1, 0).norm;
+            double expected = (double)sqrtl(sum), norm = norm_of_values(b, x, 1, 1, 0).norm;
             assert_true(fabs(norm - expected) <= 1e-14 * expected);
             worst = fmax(worst, fabs(norm - expected) / expected);
             release(RT_BLOCKS(x));
@@ -1198,12 +1206,12 @@ static void gradient_norm_has_the_range_of_the_numbers(void **state) {
             rt_block x = block_new(b->type, 64);
             fill(x, sizes[k]);
             double expected = 8 * get(x, 0);
-            norm_result n = norm_of_values(b, x, 1, 0);
+            norm_result n = norm_of_values(b, x, 1, 1, 0);
             assert_true(fabs(n.norm - expected) <= 1e-14 * expected);
             assert_true(n.factor == 1);
             for (size_t bad = 0; bad < 4; bad++) { /* what x86 makes of 0 * Inf is -NaN */
                 set(x, 37, (double[]){NAN, -NAN, INFINITY, -INFINITY}[bad]);
-                n = norm_of_values(b, x, 1, 1);
+                n = norm_of_values(b, x, 1, 1, 1);
                 assert_false(isfinite(n.norm));
                 assert_true(n.factor == 0);
             }
@@ -1212,29 +1220,32 @@ static void gradient_norm_has_the_range_of_the_numbers(void **state) {
     }
 }
 
-/* 16 numbers 3 have the norm 12; as the sum of 4 gradients, their average has the norm 3. */
+/* 16 numbers 3 have the norm 12; as the sum of 4 gradients, or of 4 times the loss, their average has the norm
+ * 3. */
 static void gradient_factor_averages_and_clips(void **state) {
     static const struct {
-        double divisor, clip, norm, factor;
+        double divisor, scale, clip, norm, factor;
     } cases[] = {
-        {1, 0, 12, 1},
-        {4, 0, 3, 0.25},
-        {1, 100, 12, 1},
-        {1, 6, 12, 6 / (12 + 1e-6)},
-        {4, 3.5, 3, 0.25},
-        {4, 2, 3, 2 / (3 + 1e-6) / 4},
-        {4, 1e-5, 3, 1e-5 / (3 + 1e-6) / 4},
+        {1, 1, 0, 12, 1},
+        {4, 1, 0, 3, 0.25},
+        {1, 1, 100, 12, 1},
+        {1, 1, 6, 12, 6 / (12 + 1e-6)},
+        {4, 1, 3.5, 3, 0.25},
+        {4, 1, 2, 3, 2 / (3 + 1e-6) / 4},
+        {4, 1, 1e-5, 3, 1e-5 / (3 + 1e-6) / 4},
+        {1, 4, 0, 3, 0.25},
+        {2, 8, 0.5, 0.75, 0.5 / (0.75 + 1e-6) / 16},
     };
     FOR_EACH_DEVICE(b, state) {
         rt_block x = block_new(b->type, 16);
         fill(x, 3);
         for (size_t k = 0; k < COUNT(cases); k++) {
-            norm_result n = norm_of_values(b, x, cases[k].divisor, cases[k].clip);
+            norm_result n = norm_of_values(b, x, cases[k].divisor, cases[k].scale, cases[k].clip);
             assert_true(fabs(n.norm - cases[k].norm) <= 1e-15 * cases[k].norm);
             assert_true(fabs(n.factor - cases[k].factor) <= 1e-15 * cases[k].factor);
         }
         fill(x, 0);
-        assert_true(norm_of_values(b, x, 4, 1).factor == 0.25); /* no gradient: nothing to clip */
+        assert_true(norm_of_values(b, x, 4, 1, 1).factor == 0.25); /* no gradient: nothing to clip */
         release(RT_BLOCKS(x));
     }
 }
