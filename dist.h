@@ -572,6 +572,8 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
     int pair = calls[0].op == DIST_SEND || calls[0].op == DIST_RECV;
     uint64_t *counter =
         pair ? &comm->pair_sequence[2 * calls[0].peer + (calls[0].op == DIST_RECV)] : &comm->sequence;
+    rt_event posted = {0};
+    if (rank->record) rank->record(s, &posted); /* it may fail, and that takes the lock */
     pthread_mutex_lock(&rank->world->lock);
     dist__meeting *m = NULL;
     /* asked again under the lock: after a failure the others leave, and take along what they brought */
@@ -586,7 +588,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         return;
     }
     dist__part *part = &m->part[comm->index];
-    *part = (dist__part){.rank = rank, .calls = n, .sequence = (*counter)++};
+    *part = (dist__part){.rank = rank, .calls = n, .posted = posted, .sequence = (*counter)++};
     part->ready = s->time > rank->stream[RT_HOST].time ? s->time : rank->stream[RT_HOST].time;
     for (size_t i = 0; i < n; i++) {
         part->call[i] = calls[i];
@@ -597,7 +599,6 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         done->done = 0;
         s->tail = done;
     }
-    if (rank->record) rank->record(s, &part->posted);
     rank->last = dist__note(comm->name, part, 0);
     const dist__part *first = &m->part[m->first];
     size_t at = 0;
