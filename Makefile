@@ -14,8 +14,8 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
-TESTS   := $(PARSERS) checkpoint pretrained runtime ops model dist waits
-SCRIPTS := example mismatch train images errors docs
+TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits
+SCRIPTS := example mismatch train resume kill images errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
@@ -78,6 +78,7 @@ demo:
 # --------------------------------------------------------------------------------------------------- tests
 
 test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST_TEST_SKIP_WAIT)
+test_flags += $(if $(filter %test_poison,$@),-DDIST_DEBUG)
 define test_rule
 $(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) tests/files.h build/config.mk | build/$(1)/
 	$$(CC) $$(test_flags) $$< -o $$@ -lcmocka $$($(1)_LIBS)
@@ -134,6 +135,7 @@ bench: train build/plain/bench_cpu build/plain/bench_decode
 	@if [ -n "$$DATA_DIR" ]; then build/plain/bench_decode "$$DATA_DIR"; \
 	else echo "decoding: skipped, as DATA_DIR names no folder of images"; fi
 	tests/bench_ranks.sh
+	tests/bench_ranks.sh 9 vit_tiny_patch16_224 8 9 ddp:2:1 zero3:2:1
 
 bench-pytorch: train
 	tests/bench_pytorch.sh

@@ -130,9 +130,11 @@ typedef enum { DIST_REDUCE_DEFAULT, DIST_REDUCE_LAST, DIST_REDUCE_EVERY } dist_r
 
 typedef struct dist_options {
     const char *strategy;
-    size_t batch_size;        /* micro-batch of one rank */
-    size_t accumulation;      /* micro-batches a step */
-    double bucket_size_mb;    /* ddp: a bucket is full at this size (MiB) */
+    size_t batch_size;     /* micro-batch of one rank */
+    size_t accumulation;   /* micro-batches a step */
+    double bucket_size_mb; /* ddp: a bucket is full at this size (MiB) */
+    rt_type
+        reduce_type; /* fp32, bf16 or fp16: in which ranks add gradients and keep the sums; 0: the model's */
     dist_reduction reduction; /* sum over ranks after the last micro-batch of a step, or after every one */
     size_t prefetch;          /* zero3: units gathered ahead of the one that computes */
     int keep_after_forward;   /* zero3: gathered parameters stay from forward to backward */
@@ -152,6 +154,7 @@ typedef struct dist_options {
 typedef struct dist_shard {
     size_t lo, hi, trained;
     rt_block param, grad, squares, state[2]; /* of [lo, hi), [lo, trained), -, [lo, trained) */
+    rt_block master; /* of [lo, trained), fp32: what the optimizer updates where param has 16 bits */
 } dist_shard;
 
 /* A run of consecutive units whose gradients are reduced by one collective. */
@@ -174,6 +177,22 @@ typedef struct dist_parameter_slot {
     rt_event gathered, freed;
 } dist_parameter_slot;
 
+/* The dynamic loss scale of fp16, whose smallest number is 2^-24: gradients are those of `scale` times the loss. It
+ * is DeepSpeed's rule (runtime/fp16/loss_scaler.py, after Megatron): an overflow skips the step; as long as
+ * there is hysteresis left it costs one of it, else it halves the scale; `window` steps without one double it. */
+typedef struct dist_scaler {
+    double scale, least;
+    int64_t window, step,
+        last_overflow;        /* step: of which the next update is told; last_overflow: -1 for none */
+    int64_t hysteresis, left; /* overflows that it takes to halve the scale; that it takes now */
+    int64_t skipped;          /* steps so far */
+} dist_scaler;
+
+/* A scale of 2^16, of at least 1, a window of 1000 and a hysteresis of 2. */
+dist_scaler dist_scaler_default(void);
+/* After a step, with or without overflow. -1: an overflow when the scale cannot fall any more. */
+int dist_scaler_update(dist_scaler *scaler, int overflow);
+
 typedef struct dist {
     dist_comm *comm;
     rt_rank *rank;
@@ -194,10 +213,13 @@ typedef struct dist {
     dist_bucket *bucket;          /* in the order in which backward makes them ready: from the head down */
     size_t buckets, *bucket_of;   /* [units] */
     dist_gradient_slot gradient_slot[2];
+    rt_block backward_grads; /* of one unit, where they are kept in another type than backward gives */
+    dist_scaler scaler;
     rt_event *last_reduced; /* of the reduction that was posted last */
     rt_block scalars, control, counts;
     rt_event control_ready, control_done, counts_ready, counts_done;
-    size_t micro; /* micro-batch of the step, from 0 */
+    size_t micro;       /* micro-batch of the step, from 0 */
+    int stop_requested; /* by this rank */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
     rt_event *arrived; /* dp, zero1, zero2: [units] the new parameters are here */
@@ -257,11 +279,19 @@ int dist_estimate(const vit_device *device, const vit_model *model, const dist_o
 void dist_import(dist *d, size_t u, const float *values);
 void dist_export(dist *d, size_t u, float *values);
 
+/* Optimizer state i of unit u (0: exp_avg or SGD's momentum, 1: exp_avg_sq), as with parameters: takes and gives
+ * [lo, trained) of this rank's shard, without the padding between ranks, of `values` [unit->count]. */
+void dist_import_state(dist *d, size_t u, int i, const float *values);
+void dist_export_state(dist *d, size_t u, int i, float *values);
+
 typedef struct dist_result {
     double loss;          /* mean over the global batch, before the update */
     double gradient_norm; /* of the mean loss, before clipping */
     size_t
         bad_losses; /* samples whose loss is not finite; then, and if the norm is not, nothing was updated */
+    int overflow;   /* fp16: the norm is not finite, and the loss scale has been told */
+    double loss_scale; /* of this step */
+    int stop;          /* a rank has asked for it */
 } dist_result;
 
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
@@ -270,13 +300,16 @@ void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
 
+/* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to end. */
+void dist_request_stop(dist *d);
+
 /* Forward alone, as in evaluation; every rank must call it. logits [B, V], losses [B] into host memory, or
  * NULL. With not_finite: the index of the first unit whose output has a NaN or an infinity, or the number of
  * units. */
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,
                   size_t *not_finite);
 
-/* Sums n integers over all ranks, in place; every rank must call it. */
+/* Sums n integers over all ranks, in place, modulo 2^64; every rank must call it. */
 void dist_sum(dist *d, int64_t *values, size_t n);
 
 #endif /* DIST_H */
@@ -706,6 +739,11 @@ static void dist__observe(const dist *d, const char *what, size_t u) {
         d->comm->observe(d->comm->observer, what, d->model->unit[u].name, dist__padded(d, u));
 }
 
+/* In which ranks add up gradients, and keep the sums. */
+static rt_type dist__reduce_type(const dist *d) {
+    return d->options.reduce_type ? d->options.reduce_type : d->model->type;
+}
+
 /* Fills freed memory with NaN in debug builds, so that who still reads it is found out. */
 static void dist__poison(const dist *d, rt_block b) {
 #ifdef DIST_DEBUG
@@ -735,7 +773,7 @@ static int dist__cut_buckets(dist *d, double limit_mb) {
         d->bucket_of[u] = d->buckets;
         d->bucket[d->buckets] =
             (dist_bucket){.first = u, .last = last, .offset = d->offset[u], .count = count};
-        if (u > d->first_trained && (double)(count * rt_type_size(d->model->type)) < limit * (1 << 20))
+        if (u > d->first_trained && (double)(count * rt_type_size(dist__reduce_type(d))) < limit * (1 << 20))
             continue;
         d->buckets++;
         last = u - 1;
@@ -757,8 +795,8 @@ static int dist__alloc_gradient_slots(dist *d) {
     size_t count = reduces ? dist__largest_bucket(d) : dist__largest_unit(d, d->first_trained);
     if (!reduces && d->options.accumulation < 2) return 0;
     for (int i = 0; i <= reduces; i++)
-        d->gradient_slot[i].block =
-            rt_alloc(d->rank, reduces ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS, d->model->type, count, 1);
+        d->gradient_slot[i].block = rt_alloc(d->rank, reduces ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS,
+                                             dist__reduce_type(d), count, 1);
     return rt_failed(d->rank) ? -1 : 0;
 }
 
@@ -787,15 +825,24 @@ static void dist__collect(dist *d, dist_gradient_slot *slot) {
     rt_block sum = dist__kept(d, b), whole = rt_slice(slot->block, 0, b->count);
     dist__wait(d->comm, RT_COMPUTE, &slot->reduced);
     if (slot->adds && sum.count) vit_add(&d->context, sum, dist__share(d, b, whole));
-    dist__poison(d, whole);
+    dist__poison(d, slot->block);
     slot->bucket = NULL;
+}
+
+/* Zeroes what another unit may have written where unit u's gradient has padding. */
+static void dist__clear_padding(dist *d, size_t u, rt_block grads) {
+    const vit_unit *unit = &d->model->unit[u];
+    for (size_t t = 0; t < unit->tensors; t++) {
+        size_t end = unit->tensor[t].offset + unit->tensor[t].count;
+        size_t next = t + 1 < unit->tensors ? unit->tensor[t + 1].offset : grads.count;
+        if (end < next) vit_fill(&d->context, rt_slice(grads, end, next - end), 0);
+    }
 }
 
 /* Where unit u's backward writes its gradient: of the first micro-batch, if it is kept whole, into the gradient
  * itself, else into a slot. */
 static rt_block dist__gradient_target(dist *d, size_t u) {
     const dist_bucket *b = &d->bucket[d->bucket_of[u]];
-    const vit_unit *unit = &d->model->unit[u];
     size_t count = dist__padded(d, u);
     if (d->micro == 0 && d->grads_cut == 1) return dist__grads(d, u, u);
     rt_block target = rt_slice(d->gradient_slot[0].block, 0, count);
@@ -804,11 +851,7 @@ static rt_block dist__gradient_target(dist *d, size_t u) {
         if (u == b->last) dist__collect(d, slot);
         target = rt_slice(slot->block, d->offset[u] - b->offset, count);
     }
-    for (size_t t = 0; t < unit->tensors; t++) { /* padding that another unit may have written */
-        size_t end = unit->tensor[t].offset + unit->tensor[t].count;
-        size_t next = t + 1 < unit->tensors ? unit->tensor[t + 1].offset : count;
-        if (end < next) vit_fill(&d->context, rt_slice(target, end, next - end), 0);
-    }
+    dist__clear_padding(d, u, target);
     return target;
 }
 
@@ -842,6 +885,14 @@ static void dist__reduce_gradient(dist *d, size_t u) {
     dist__collective(d, d->strategy->reduce, whole, part, d->model->unit[u].name, &b->ready, d->last_reduced);
 }
 
+/* What passed through the slots has been reduced, and nothing is to be added. */
+static void dist__free_gradient_slots(dist *d) {
+    for (int i = 0; i < 2; i++) {
+        if (d->gradient_slot[i].bucket) dist__poison(d, d->gradient_slot[i].block);
+        d->gradient_slot[i].bucket = NULL;
+    }
+}
+
 /* After the last micro-batch: the gradient is complete for the compute stream. */
 static void dist__finish_gradient(dist *d) {
     if (d->options.accumulation > 1 && dist__reduces_in_slots(d)) {
@@ -849,11 +900,11 @@ static void dist__finish_gradient(dist *d) {
         dist__collect(d, dist__gradient_slot(d, d->buckets + 1));
     } else {
         dist__wait(d->comm, RT_COMPUTE, d->last_reduced); /* the stream's last: it implies the others */
-        for (int i = 0; i < 2; i++) d->gradient_slot[i].bucket = NULL;
+        dist__free_gradient_slots(d);
     }
 }
 
-enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__NORM = 2, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
+enum { DIST__LOSS, DIST__BAD_LOSSES, DIST__STOP, DIST__NORM, DIST__CONTROL = DIST__NORM + VIT_NORM_COUNTERS };
 
 /* Updates what this rank owns of elements [begin, end) of a unit, at the learning rate of a layer: with layer
  * decay that of the layers below falls geometrically (timm's param_groups_layer_decay, after BEiT). */
@@ -864,13 +915,13 @@ static void dist__optimize(dist *d, const vit_unit *unit, size_t begin, size_t e
     size_t at = from - s->lo, n = to - from, decayed = unit->decayed;
     double rate = pow(d->options.layer_decay, (double)(d->model->units - 1 - layer));
     rt_block param = rt_slice(s->param, at, n), grad = rt_slice(s->grad, at, n);
-    rt_block state0 = rt_slice(s->state[0], at, n);
+    rt_block state0 = rt_slice(s->state[0], at, n), master = rt_slice(s->master, at, n);
     decayed = decayed < from ? 0 : decayed < to ? decayed - from : n;
     if (d->options.optimizer == DIST_ADAMW)
-        vit_adamw(&d->context, param, (rt_block){0}, state0, rt_slice(s->state[1], at, n), grad, d->scalars,
-                  decayed, rate, &d->options.adamw);
+        vit_adamw(&d->context, param, master, state0, rt_slice(s->state[1], at, n), grad, d->scalars, decayed,
+                  rate, &d->options.adamw);
     else
-        vit_sgd(&d->context, param, (rt_block){0}, state0, grad, d->scalars, decayed, rate, &d->options.sgd);
+        vit_sgd(&d->context, param, master, state0, grad, d->scalars, decayed, rate, &d->options.sgd);
 }
 
 /* The update, common to all: the exact norm of what this rank owns, one small all-reduce that joins the
@@ -879,17 +930,13 @@ static void dist__update(dist *d) {
     const vit_context *c = &d->context;
     rt_block counters = rt_slice(d->control, DIST__NORM, VIT_NORM_COUNTERS);
     double divisor = (double)d->comm->size * (double)d->options.accumulation;
-    rt_event *ready = NULL; /* stays so without squares: the loss was there before the last gradients went */
-    size_t owned = 0;       /* elements that this rank updates */
+    size_t owned = 0; /* elements that this rank updates */
     for (size_t u = 0; u < d->model->units; u++) {
         owned += d->shard[u].trained - d->shard[u].lo;
-        if (d->shard[u].squares.count) {
-            vit_sum_of_squares(c, counters, d->shard[u].squares);
-            ready = &d->control_ready;
-        }
+        if (d->shard[u].squares.count) vit_sum_of_squares(c, counters, d->shard[u].squares);
     }
-    if (ready) rt_record(d->rank, RT_COMPUTE, ready);
-    dist__collective(d, DIST_CONTROL, d->control, d->control, "step", ready, &d->control_done);
+    rt_record(d->rank, RT_COMPUTE, &d->control_ready);
+    dist__collective(d, DIST_CONTROL, d->control, d->control, "step", &d->control_ready, &d->control_done);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
     if (owned && d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
@@ -904,8 +951,10 @@ static void dist__update(dist *d) {
 static int dist__alloc(dist *d, double bucket_size_mb) {
     size_t n = d->model->units, first = d->first_trained;
     d->params = rt_alloc(d->rank, RT_PARAMETERS, d->model->type, d->offset[n] / d->params_cut, n);
-    d->grads = rt_alloc(d->rank, RT_GRADIENTS, d->model->type,
+    d->grads = rt_alloc(d->rank, RT_GRADIENTS, dist__reduce_type(d),
                         (d->offset[n] - d->offset[first]) / d->grads_cut, n - first);
+    if (dist__reduce_type(d) != d->model->type && first < n)
+        d->backward_grads = rt_alloc(d->rank, RT_GRADIENTS, d->model->type, dist__largest_unit(d, first), 1);
     if (d->strategy->refresh != DIST_OPS && !(d->arrived = calloc(n, sizeof *d->arrived)))
         return rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
     return rt_failed(d->rank) || dist__cut_buckets(d, bucket_size_mb) || dist__alloc_gradient_slots(d) ? -1
@@ -1013,11 +1062,10 @@ static rt_block dp_pre_forward(dist *d, size_t u) {
 }
 
 static void dp_step(dist *d) {
-    if (d->comm->index == 0)
-        dist__finish_gradient(d);
-    else /* dist__update's collective comes after theirs: the slots are free */
-        d->gradient_slot[0].bucket = d->gradient_slot[1].bucket = NULL;
+    int root = d->comm->index == 0;
+    if (root) dist__finish_gradient(d);
     dist__update(d);
+    if (!root) dist__free_gradient_slots(d); /* the update's collective came after theirs */
     dist__refresh(d);
 }
 
@@ -1167,6 +1215,28 @@ const dist_strategy *dist_strategy_named(const char *name) {
 
 /* -------------------------------------------------------------------------------------- the training loop */
 
+dist_scaler dist_scaler_default(void) {
+    return (dist_scaler){
+        .scale = 65536, .least = 1, .window = 1000, .last_overflow = -1, .hysteresis = 2, .left = 2};
+}
+
+int dist_scaler_update(dist_scaler *s, int overflow) {
+    int64_t stable = s->step - s->last_overflow - 1;
+    if (overflow && s->left > 1) {
+        s->left--;
+    } else if (overflow) {
+        if (s->scale == s->least) return -1;
+        s->scale = fmax(s->scale / 2, s->least);
+    } else if (stable > 0 && stable % s->window == 0) {
+        s->left = s->hysteresis;
+        s->scale *= 2;
+    }
+    if (overflow) s->last_overflow = s->step;
+    s->skipped += overflow;
+    s->step++;
+    return 0;
+}
+
 int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_options *options, error_text *e) {
     rt_rank *rank = comm->rank;
     size_t n = model->units, unit = VIT_ALIGNMENT * (size_t)comm->size;
@@ -1186,11 +1256,14 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     if (options->inference) d->first_trained = n;
     while (d->first_trained < n && model->unit[d->first_trained].trainable == 0) d->first_trained++;
     if (d->strategy->open(d, e)) return -1;
-    for (size_t u = 0; u < n; u++)
-        for (int i = 0; i < (options->optimizer == DIST_ADAMW ? 2 : 1); i++)
-            if (d->shard[u].lo < d->shard[u].trained)
-                d->shard[u].state[i] =
-                    rt_alloc(rank, RT_OPTIMIZER, model->type, d->shard[u].trained - d->shard[u].lo, 1);
+    for (size_t u = 0; u < n; u++) {
+        dist_shard *s = &d->shard[u];
+        size_t count = s->trained - s->lo;
+        for (int i = 0; count && i < (options->optimizer == DIST_ADAMW ? 2 : 1); i++)
+            s->state[i] = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, count, 1);
+        if (count && model->type != RT_FP32) s->master = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, count, 1);
+    }
+    d->scaler = dist_scaler_default();
     d->scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
     d->counts = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, options->counts, 1);
@@ -1213,12 +1286,14 @@ void dist_close(dist *d) {
     rt_event end = {0};
     if (d->rank) rt_record(d->rank, RT_COMMUNICATION, &end); /* slower ranks may need what this one posted */
     for (size_t u = 0; d->shard && u < d->model->units; u++)
-        for (int i = 0; i < 2; i++) rt_free(d->rank, RT_OPTIMIZER, &d->shard[u].state[i]);
+        for (int i = 0; i < 3; i++)
+            rt_free(d->rank, RT_OPTIMIZER, i < 2 ? &d->shard[u].state[i] : &d->shard[u].master);
     rt_category slots = dist__reduces_in_slots(d) ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS;
     for (int i = 0; i < 2; i++) rt_free(d->rank, slots, &d->gradient_slot[i].block);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->gathered);
     rt_free(d->rank, RT_PARAMETERS, &d->params);
     rt_free(d->rank, RT_GRADIENTS, &d->grads);
+    rt_free(d->rank, RT_GRADIENTS, &d->backward_grads);
     rt_free(d->rank, RT_WORKSPACE, &d->scalars);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->control);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->counts);
@@ -1236,7 +1311,10 @@ void dist_close(dist *d) {
 dist_formula dist_formula_of(const dist *d) {
     const dist_strategy *s = d->strategy;
     const dist_options *o = &d->options;
-    size_t n = d->model->units, type = rt_type_size(d->model->type);
+    size_t n = d->model->units;
+    double type = (double)rt_type_size(d->model->type),
+           kept_type = (double)rt_type_size(dist__reduce_type(d));
+    int master = d->model->type != RT_FP32;
     int N = d->comm->size, every = o->reduction == DIST_REDUCE_EVERY, M = (int)o->accumulation;
     int whole_gradients = N == 1 || s->stage < 2 || (!every && M > 1); /* the last: FSDP's no_sync */
     double P = (double)d->offset[n], trained = P - (double)d->offset[d->first_trained], optimised = trained;
@@ -1246,16 +1324,17 @@ dist_formula dist_formula_of(const dist *d) {
         optimised -= (double)(dist__padded(d, n - 1) - last->trainable);
     double states = o->optimizer == DIST_ADAMW ? 2 : 1, reductions = every ? M : 1;
     dist_formula f = {.bytes = {[RT_ACTIVATIONS] = NAN, [RT_WORKSPACE] = NAN}};
-    f.bytes[RT_PARAMETERS] = P / (s->stage >= 3 ? N : 1);
-    f.bytes[RT_GRADIENTS] = trained / (whole_gradients ? 1 : N);
-    f.bytes[RT_OPTIMIZER] = states * optimised / (s->stage >= 1 ? N : 1);
+    f.bytes[RT_PARAMETERS] = type * P / (s->stage >= 3 ? N : 1);
+    f.bytes[RT_GRADIENTS] = kept_type * trained / (whole_gradients ? 1 : N);
+    f.bytes[RT_OPTIMIZER] = 4 * (states + master) * optimised / (s->stage >= 1 ? N : 1);
     if (s->reduce == DIST_REDUCE && d->comm->index) f.bytes[RT_OPTIMIZER] = 0; /* the root has it all */
-    if (!every && M > 1) f.bytes[RT_GRADIENTS] += (double)dist__largest_unit(d, d->first_trained);
+    if (!every && M > 1) f.bytes[RT_GRADIENTS] += kept_type * (double)dist__largest_unit(d, d->first_trained);
+    if (d->backward_grads.count)
+        f.bytes[RT_GRADIENTS] += type * (double)dist__largest_unit(d, d->first_trained);
     if ((every && M > 1) || !whole_gradients)
-        f.bytes[RT_COMMUNICATION_BUFFERS] += 2 * (double)dist__largest_bucket(d);
+        f.bytes[RT_COMMUNICATION_BUFFERS] += kept_type * 2 * (double)dist__largest_bucket(d);
     if (s->stage >= 3)
-        f.bytes[RT_COMMUNICATION_BUFFERS] += o->keep_after_forward ? P : (double)d->slots * largest;
-    for (int c = 0; c < RT_CATEGORIES; c++) f.bytes[c] *= (double)type;
+        f.bytes[RT_COMMUNICATION_BUFFERS] += type * (o->keep_after_forward ? P : (double)d->slots * largest);
     f.bytes[RT_COMMUNICATION_BUFFERS] += 8 * (double)(d->control.count + d->counts.count);
     f.elements[DIST_CONTROL] = (double)d->control.count;
     if (s->reduce != DIST_OPS) f.elements[s->reduce] += reductions * trained;
@@ -1296,12 +1375,51 @@ static size_t dist__held(const dist *d, size_t u) {
     return hi < count ? hi - lo : count > lo ? count - lo : 0;
 }
 
+/* Floats of host memory into a block of any type, rounded, and back. */
+static void dist__copy_in(dist *d, rt_block to, const float *values) {
+    if (to.type == RT_FP32) {
+        vit_copy_in(&d->context, to, values);
+        return;
+    }
+    uint16_t *rounded = malloc(to.count * sizeof *rounded);
+    if (!rounded) {
+        rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
+        return;
+    }
+    rt_narrow(rounded, values, to.count, to.type);
+    vit_copy_in(&d->context, to, rounded);
+    free(rounded);
+}
+
+static void dist__copy_out(dist *d, float *values, rt_block from) {
+    if (from.type == RT_FP32) {
+        vit_copy_out(&d->context, values, from);
+        return;
+    }
+    uint16_t *narrow = calloc(from.count, sizeof *narrow);
+    if (!narrow) {
+        rt_fail(d->rank, "rank %d: out of memory", d->rank->rank);
+        return;
+    }
+    vit_copy_out(&d->context, narrow, from);
+    rt_widen(values, narrow, from.count, from.type);
+    free(narrow);
+}
+
+/* The part of a unit's master weights, or of optimizer state, that stands for the unit's own elements. */
+static rt_block dist__own(const dist *d, size_t u, rt_block of_shard) {
+    size_t held = dist__held(d, u);
+    return rt_slice(of_shard, 0, of_shard.count < held ? of_shard.count : held);
+}
+
 void dist_import(dist *d, size_t u, const float *values) {
     size_t held = dist__held(d, u);
+    rt_block master = dist__own(d, u, d->shard[u].master);
     if (d->params_cut == 1)
-        vit_copy_in(&d->context, rt_slice(dist__params(d, u), 0, d->model->unit[u].count), values);
+        dist__copy_in(d, rt_slice(dist__params(d, u), 0, d->model->unit[u].count), values);
     else if (held)
-        vit_copy_in(&d->context, rt_slice(d->shard[u].param, 0, held), values + d->shard[u].lo);
+        dist__copy_in(d, rt_slice(d->shard[u].param, 0, held), values + d->shard[u].lo);
+    if (master.count) vit_copy_in(&d->context, master, values + d->shard[u].lo);
     rt_record(d->rank, RT_COMPUTE, &d->stepped);
 }
 
@@ -1310,7 +1428,19 @@ void dist_export(dist *d, size_t u, float *values) {
     rt_event posted = {0}; /* new parameters may still be on their way */
     rt_record(d->rank, RT_COMMUNICATION, &posted);
     rt_wait(d->rank, RT_COMPUTE, &posted);
-    if (held) vit_copy_out(&d->context, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));
+    rt_block master = dist__own(d, u, d->shard[u].master);
+    if (held) dist__copy_out(d, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));
+    if (master.count) vit_copy_out(&d->context, values + d->shard[u].lo, master);
+}
+
+void dist_import_state(dist *d, size_t u, int i, const float *values) {
+    rt_block state = dist__own(d, u, d->shard[u].state[i]);
+    if (state.count) vit_copy_in(&d->context, state, values + d->shard[u].lo);
+}
+
+void dist_export_state(dist *d, size_t u, int i, float *values) {
+    rt_block state = dist__own(d, u, d->shard[u].state[i]);
+    if (state.count) vit_copy_out(&d->context, values + d->shard[u].lo, state);
 }
 
 static void dist__load_batch(dist *d, const void *images, const int32_t *labels, const uint64_t *keys) {
@@ -1333,25 +1463,34 @@ static void dist__backward_unit(dist *d, size_t u) {
     const vit_unit *unit = &d->model->unit[u];
     rt_block in = u ? a->out[u - 1] : (rt_block){0};
     dist_unit_blocks b = d->strategy->pre_backward(d, u);
+    rt_block grads = b.grads;
+    if (d->backward_grads.count) {
+        grads = rt_slice(d->backward_grads, 0, b.grads.count);
+        dist__clear_padding(d, u, grads);
+    }
     if (vit_is_checkpointed(a, unit)) {
         dist__observe(d, "recompute", u);
         vit_unit_forward(&d->context, unit, b.params, in, (rt_block){0}, a->saved[u]);
     }
     dist__observe(d, "backward", u);
-    vit_unit_backward(&d->context, unit, b.params, b.grads, in, a->saved[u], a->gradient[(u + 1) % 2],
+    vit_unit_backward(&d->context, unit, b.params, grads, in, a->saved[u], a->gradient[(u + 1) % 2],
                       u > d->first_trained ? a->gradient[u % 2] : (rt_block){0});
+    if (d->backward_grads.count) vit_cast(&d->context, b.grads, grads);
     d->strategy->post_backward(d, u);
 }
 
 void dist_begin_step(dist *d, size_t t, double learning_rate) {
     const vit_adamw_options *o = &d->options.adamw;
+    t -= (size_t)d->scaler.skipped; /* AdamW counts its updates */
     double scalars[VIT_SCALARS] = {[VIT_LEARNING_RATE] = learning_rate,
                                    [VIT_BIAS_CORRECTION1] = 1 - pow(o->beta1, (double)t),
                                    [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t),
-                                   [VIT_LOSS_SCALE] = 1};
+                                   [VIT_LOSS_SCALE] = d->model->type == RT_FP16 ? d->scaler.scale : 1};
     vit_copy_in(&d->context, d->scalars, scalars);
     vit_fill(&d->context, d->control, 0);
 }
+
+void dist_request_stop(dist *d) { d->stop_requested = 1; }
 
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels,
                       const uint64_t *keys) {
@@ -1365,13 +1504,23 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
 
 void dist_end_step(dist *d, dist_result *result) {
     double scalars[VIT_SCALARS] = {0};
-    int64_t loss[2] = {0};
+    int64_t loss[3] = {0}, stop = d->stop_requested; /* loss, bad losses, ranks that want to stop */
+    vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &stop);
     d->strategy->step(d);
     vit_copy_out(&d->context, scalars, d->scalars);
-    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 2));
-    *result = (dist_result){(double)loss[0] * VIT_LOSS_UNIT /
-                                ((double)d->comm->size * (double)d->options.accumulation),
-                            scalars[VIT_GRADIENT_NORM], (size_t)loss[1]};
+    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 3));
+    *result = (dist_result){.loss = (double)loss[0] * VIT_LOSS_UNIT /
+                                    ((double)d->comm->size * (double)d->options.accumulation),
+                            .gradient_norm = scalars[VIT_GRADIENT_NORM],
+                            .bad_losses = (size_t)loss[1],
+                            .stop = loss[2] != 0,
+                            .loss_scale = scalars[VIT_LOSS_SCALE]};
+    if (d->model->type != RT_FP16 || rt_failed(d->rank)) return;
+    result->overflow = !isfinite(result->gradient_norm);
+    if (dist_scaler_update(&d->scaler, result->overflow))
+        rt_fail(d->rank,
+                "fp16: a gradient overflows though the loss scale is %g, expected no less (--precision bf16)",
+                d->scaler.scale);
 }
 
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,
@@ -1391,7 +1540,7 @@ void dist_forward(dist *d, const void *images, const int32_t *labels, float *log
         vit_copy_out(&d->context, &bad, rt_slice(d->control, DIST__NORM + VIT_NORM_NOT_FINITE, 1));
         if (bad) *not_finite = u;
     }
-    if (logits) vit_copy_out(&d->context, logits, d->activations.out[d->model->units - 1]);
+    if (logits) dist__copy_out(d, logits, d->activations.out[d->model->units - 1]);
     if (losses) vit_copy_out(&d->context, losses, d->activations.losses);
     memcpy(d->comm->traffic, traffic, sizeof traffic);
 }

@@ -1,4 +1,4 @@
-/* report.h - what a run says of itself in tables: the schedule of a step, memory and traffic beside the formulas,
+/* report.h - what a run says of itself in tables: the schedule of a step, memory and traffic beside formulas,
  * and what would have fitted when memory ran out.
  *
  *     schedule s = {0};
@@ -108,6 +108,13 @@ static inline void report_traffic(FILE *out, const dist_traffic traffic[DIST_OPS
             fprintf(out, "%-16s %14.6g %14.10g %14.10g %14.10g\n", dist_op_name((dist_op)op),
                     (double)traffic[op].calls / n, (double)traffic[op].elements / n, f->elements[op],
                     traffic[op].wire_bytes / n);
+}
+
+/* The most bytes of the machine's memory that this process, with all its ranks, has had. */
+static inline uint64_t report_resident_peak_bytes(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return 1024 * (uint64_t)usage.ru_maxrss;
 }
 
 /* Bytes that this process may have: the machine's memory, or less where a limit is set (ulimit -v, or the

@@ -4,6 +4,7 @@
  *     ./train --data-path cifar-10-batches-bin --epochs 6
  *     ./train eval --checkpoint runs/... --data-path cifar-10-batches-bin
  *     ./train predict --checkpoint runs/... cat.jpg dog.png
+ *     ./train compare --strategies ddp,zero3 --nproc-per-node 2
  *     ./train export --checkpoint runs/... --format hf --output-dir vit-hf
  *
  * In this order: preparation (options, data, model), batches, evaluation, prediction, the training loop,
@@ -14,12 +15,14 @@
 #define VIT_IMPLEMENTATION
 #define DIST_IMPLEMENTATION
 #include "checkpoint.h"
+#include "compare.h"
 #include "data/dataset.h"
 #include "data/loader.h"
 #include "io/metrics.h"
 #include "report.h"
 #include "train_options.h"
 
+#include <signal.h>
 #include <sys/utsname.h>
 #include <time.h>
 
@@ -41,9 +44,30 @@ typedef struct run {
     model_card card;
     size_t ranks, global_batch, steps_per_epoch, steps;
     dist_hub *hub;
-    int out_of_memory;   /* why the ranks failed */
-    schedule *schedules; /* [ranks] of the first step, with --print-schedule; each rank writes its own */
+    int out_of_memory;      /* why the ranks failed */
+    schedule *schedules;    /* [ranks] of the first step, with --print-schedule; each rank writes its own */
+    compare_result *result; /* of compare: what this training leaves behind; or NULL */
+
+    char resumed[CHECKPOINT_PATH]; /* the step folder that training goes on from, "": none */
+    checkpoint_state state;        /* of it */
+    int continues;                 /* it is one of the output directory */
+    int interrupted;               /* by a signal: written by rank 0 at the end */
 } run;
+
+/* How many signals have come that ask to stop: the one thing that a handler can tell the rest. */
+static volatile sig_atomic_t stop_signals;
+
+/* The first one lets all ranks finish their step and write a checkpoint; a second one ends at once. */
+static void on_stop_signal(int signal) {
+    (void)signal;
+    if (++stop_signals > 1) _exit(130);
+}
+
+static void catch_signals(void) {
+    const struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGINT, &stop, NULL);
+    sigaction(SIGTERM, &stop, NULL);
+}
 
 /* -------------------------------------------------------------------------------------------- preparation */
 
@@ -193,10 +217,83 @@ static int prepare_data(run *r, dataset_kind kind, error_text *e) {
     return 0;
 }
 
+static void say_warning(void *unused, const char *why) {
+    (void)unused;
+    fprintf(stderr, "train: warning: %s\n", why);
+}
+
+/* The output directory that a step folder lies in, DIR/checkpoints/step-...; "": in none. */
+static void directory_of_step(const char *step, char directory[CHECKPOINT_PATH]) {
+    static const char inner[] = "/checkpoints";
+    snprintf(directory, CHECKPOINT_PATH, "%s", step);
+    char *slash = strrchr(directory, '/');
+    if (slash) *slash = 0;
+    size_t length = strlen(directory), tail = sizeof inner - 1;
+    directory[length > tail && !strcmp(directory + length - tail, inner) ? length - tail : 0] = 0;
+}
+
+/* Finds the step folder that --resume means, and reads where it stood. */
+static int prepare_resume(run *r, error_text *e) {
+    train_options *o = &r->o;
+    char directory[CHECKPOINT_PATH], output[CHECKPOINT_PATH];
+    dist_optimizer optimizer = o->optimizer == CHOICE_OPTIMIZER_ADAMW ? DIST_ADAMW : DIST_SGD;
+    if (!*o->resume) return 0;
+    if (!strcmp(o->resume, "auto")) {
+        if (checkpoint__join(directory, o->output_dir, "checkpoints", e) ||
+            checkpoint_newest(directory, &r->model, optimizer, r->resumed, say_warning, NULL, e))
+            return -1;
+        if (!*r->resumed)
+            fprintf(stderr, "%s: found no checkpoint to resume, training begins anew\n", o->output_dir);
+        if (!*r->resumed) return 0;
+        r->continues = 1;
+    } else {
+        if (checkpoint_check(o->resume, &r->model, optimizer, e)) return -1;
+        if (!realpath(o->resume, r->resumed))
+            return error_set(e, "%s: cannot be resolved: %s", o->resume, strerror(errno));
+        directory_of_step(r->resumed, directory);
+        if (!*o->output_dir) snprintf(o->output_dir, sizeof o->output_dir, "%s", directory);
+        r->continues = *directory && realpath(o->output_dir, output) && !strcmp(output, directory);
+    }
+    return checkpoint_read_state(r->resumed, &r->state, e);
+}
+
+/* A resumed training keeps its global batch, on however many ranks, unless the command line says otherwise: by
+ * its accumulation if its micro-batch can stay, else by the largest micro-batch that divides a rank's share. */
+static int resume_batch(run *r, error_text *e) {
+    train_options *o = &r->o;
+    const checkpoint_state *s = &r->state;
+    size_t n = o->nproc_per_node, b = s->batch_size, share = s->global_batch / n;
+    const size_t *told[] = {&o->batch_size, &o->gradient_accumulation_steps};
+    for (int i = 0; i < 2; i++)
+        if (o->state.source[options_of_field(&train_table, o, told[i]) - train_option_list] ==
+            OPTION_FROM_COMMAND_LINE)
+            return 0;
+    if (s->global_batch % n)
+        return error_set(
+            e, "%s: a global batch of %zu (micro-batch %zu) cannot be kept on %zu ranks: give --batch-size",
+            r->resumed, s->global_batch, s->batch_size, n);
+    if (b > share) b = share;
+    while (share % b) b--;
+    o->batch_size = b;
+    o->gradient_accumulation_steps = share / b;
+    return 0;
+}
+
+/* Optimizer steps of all epochs: those that were made before, and those that are left. */
+static size_t steps_of_epochs(const run *r) {
+    const checkpoint_state *s = &r->state; /* all 0 in a new training */
+    size_t left;
+    if (r->o.epochs <= s->epoch) return s->step;
+    if (size_multiply(r->o.epochs - s->epoch - 1, r->steps_per_epoch, &left)) return SIZE_MAX;
+    size_t of_this_one = s->step + (r->train.count - s->position) / r->global_batch;
+    return left > SIZE_MAX - of_this_one ? SIZE_MAX : of_this_one + left;
+}
+
 /* Fills in every default that depends on something else; config.json shows what came of it. */
 static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
     vit_config *c = &r->config;
+    if (*r->resumed && resume_batch(r, e)) return -1;
     size_t n = r->ranks = o->nproc_per_node, cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN),
            M = o->gradient_accumulation_steps;
     if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > n ? cores / n : 1;
@@ -244,11 +341,14 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
                          "than the data set, %zu images",
                          o->batch_size, M, n, r->train.count);
     r->steps_per_epoch = r->train.count / r->global_batch;
-    if (o->epochs == SIZE_MAX) /* with a number of steps alone: as many epochs as they take */
-        o->epochs = o->max_steps == SIZE_MAX ? recipes[kind].epochs
-                                             : (o->max_steps + r->steps_per_epoch - 1) / r->steps_per_epoch;
-    if (size_multiply(o->epochs, r->steps_per_epoch, &r->steps)) r->steps = SIZE_MAX;
-    if (r->steps > o->max_steps) r->steps = o->max_steps;
+    r->steps = o->max_steps;
+    if (o->epochs == SIZE_MAX && o->max_steps != SIZE_MAX) { /* as many epochs as the steps take */
+        o->epochs = (o->max_steps + r->steps_per_epoch - 1) / r->steps_per_epoch;
+    } else {
+        if (o->epochs == SIZE_MAX) o->epochs = recipes[kind].epochs;
+        size_t steps = steps_of_epochs(r);
+        if (r->steps > steps) r->steps = steps;
+    }
     if (o->warmup_steps == SIZE_MAX) o->warmup_steps = r->steps / 20;
     return 0;
 }
@@ -323,6 +423,23 @@ static int prepare_memory(run *r, error_text *e) {
                      r->ranks, r->ranks > 1 ? "s" : "", d.strategy, 1e-9 * needed, 1e-9 * has);
 }
 
+/* What a training keeps must be what the step folder and the output directory say. */
+static int prepare_same_training(run *r, error_text *e) {
+    const train_options *o = &r->o;
+    char path[CHECKPOINT_PATH];
+    if (!*o->resume) return 0;
+    if (*r->resumed && (checkpoint__join(path, r->resumed, "trainer_state.json", e) ||
+                        options_same_training(&train_table, o, r->state.options, path, e)))
+        return -1;
+    if (checkpoint__join(path, o->output_dir, "config.json", e)) return -1;
+    if ((*r->resumed && !r->continues) || !source__exists(path)) return 0;
+    cJSON *root = source__read_json(path, e);
+    const cJSON *options = cJSON_GetObjectItemCaseSensitive(root, "options");
+    int failed = !root || options_same_training(&train_table, o, options, path, e);
+    cJSON_Delete(root);
+    return failed ? -1 : 0;
+}
+
 static int prepare(run *r, error_text *e) {
     train_options *o = &r->o;
     dataset_kind kind = DATASET_IMAGEFOLDER; /* what predict is given: images in files */
@@ -334,7 +451,8 @@ static int prepare(run *r, error_text *e) {
         prepare_normalisation(r, NULL);
     else if (prepare_data(r, kind, e))
         return -1;
-    return prepare_plan(r, kind, e) || vit_model_init(&r->model, &r->config, RT_FP32, e) ||
+    return vit_model_init(&r->model, &r->config, RT_FP32, e) || prepare_resume(r, e) ||
+                   prepare_plan(r, kind, e) || prepare_same_training(r, e) ||
                    (r->loaded && model_source_check(&r->source, &r->model, e)) || prepare_memory(r, e)
                ? -1
                : 0;
@@ -372,6 +490,9 @@ typedef struct trainer {
     dist d;
     uint32_t *order; /* [train.count] of the epoch */
     size_t epoch;
+    size_t position;   /* samples of the epoch's order that were used before the batches of the loader */
+    double epoch_loss; /* sum over the steps of the epoch so far */
+    size_t epoch_steps;
     float *logits; /* [B, V] */
     float *losses; /* [B] */
     double data_s; /* seconds spent on waiting for batches */
@@ -381,6 +502,8 @@ typedef struct trainer {
     double best_saved;         /* the accuracy of `best` */
     char best[32], latest[32]; /* folders */
     size_t evaluated;          /* the step of the last evaluation */
+    int saved;                 /* (every rank) there is a checkpoint of this run */
+    int warned;                /* that a line could not be written */
 } trainer;
 
 /* Begins to draw batches [first, last), what a batch is says `draw`. */
@@ -415,7 +538,7 @@ static int draw_training(const void *context, size_t k, size_t b, float *image, 
     const run *r = t->r;
     size_t M = r->o.gradient_accumulation_steps, step = k / M;
     size_t number = sampler_number(b, k % M, M, (size_t)t->rank->rank, r->ranks);
-    size_t index = t->order[step * r->global_batch + number];
+    size_t index = t->order[t->position + step * r->global_batch + number];
     sample_format f = r->format;
     f.how = r->o.augmentation == CHOICE_AUGMENTATION_BASIC ? AUGMENTATION_BASIC : AUGMENTATION_NONE;
     *label = r->train.labels[index];
@@ -614,9 +737,19 @@ static double scheduled_rate(const train_options *o, size_t t, size_t T) {
 
 static int is_first(const trainer *t) { return t->rank->rank == 0; }
 
+/* Something could not be written. Training goes on, with a warning, if what there is suffices to resume it. */
+static int write_failed(trainer *t, const error_text *e) {
+    if (!t->saved) return rt_fail(t->rank, "%s", e->text);
+    fprintf(stderr, "train: warning: %s\n", e->text);
+    return 0;
+}
+
 static int log_line(trainer *t, cJSON *line) {
     error_text e;
-    return metrics_write(&t->metrics, line, &e) ? rt_fail(t->rank, "%s", e.text) : 0;
+    if (!metrics_write(&t->metrics, line, &e)) return 0;
+    if (t->warned) return 0; /* once is enough */
+    t->warned = t->saved;
+    return write_failed(t, &e);
 }
 
 /* The line that a terminal shows while an epoch runs, and that is printed when it ends. */
@@ -645,28 +778,74 @@ static int evaluate_and_log(trainer *t, size_t step, size_t epoch) {
     return is_first(t) ? log_line(t, evaluation_line(&v, step, epoch)) : 0;
 }
 
-static int write_checkpoint(trainer *t, size_t step) {
+/* Where training stands after `step`, when `used` samples of the epoch's order are. */
+static checkpoint_state training_state(const trainer *t, size_t step, size_t used) {
+    const train_options *o = &t->r->o;
+    int ended = used + t->r->global_batch > t->r->train.count; /* the epoch */
+    checkpoint_state s = {.step = step,
+                          .epoch = t->epoch + (size_t)ended,
+                          .position = ended ? 0 : used,
+                          .global_batch = t->r->global_batch,
+                          .batch_size = o->batch_size,
+                          .accumulation = o->gradient_accumulation_steps,
+                          .ranks = t->r->ranks,
+                          .metrics_bytes = t->metrics.length,
+                          .epoch_loss = ended ? 0 : t->epoch_loss,
+                          .epoch_steps = ended ? 0 : t->epoch_steps,
+                          .last_accuracy = t->last_accuracy,
+                          .best_accuracy = t->best_accuracy,
+                          .best_saved = t->best_saved,
+                          .evaluated = t->evaluated,
+                          .options = options_to_json(&train_table, o)};
+    snprintf(s.best, sizeof s.best, "%s", t->best);
+    return s;
+}
+
+/* Writes the names of the folders `latest` and `best`, a file each; "": there is none. */
+static int write_pointers(trainer *t) {
+    const char *files[] = {"latest", "best"}, *names[] = {t->latest, t->best};
+    for (int i = 0; i < 2; i++) {
+        error_text e;
+        char path[CHECKPOINT_PATH];
+        snprintf(path, sizeof path, "%.*s/checkpoints/%s", CHECKPOINT_PATH - 32, t->r->o.output_dir,
+                 files[i]);
+        if (!*names[i])
+            unlink(path);
+        else if (file_write_atomic(path, names[i], strlen(names[i]), &e) && write_failed(t, &e))
+            return -1;
+    }
+    return 0;
+}
+
+/* Every rank calls it; the rest is rank 0's. If it cannot be written and there is an older one, training goes
+ * on; but the last one of a run must be. */
+static int write_checkpoint(trainer *t, size_t step, size_t used, int last) {
     const train_options *o = &t->r->o;
     error_text e = {{0}};
-    char folder[CHECKPOINT_PATH], pointer[CHECKPOINT_PATH], name[32];
-    double start = rt_seconds();
+    char folder[CHECKPOINT_PATH], name[32], best_before[32];
+    double start = rt_seconds(), saved_before = t->best_saved;
     snprintf(name, sizeof name, "step-%08zu", step);
     if (snprintf(folder, sizeof folder, "%s/checkpoints/%s", o->output_dir, name) >= CHECKPOINT_PATH)
         return rt_fail(t->rank, "%.200s...: found too long a path", o->output_dir);
-    if (checkpoint_save(&t->d, folder, &t->r->card, &e)) /* without a message another rank has one */
-        return rt_failed(t->rank) || !*e.text ? -1 : rt_fail(t->rank, "%s", e.text);
-    if (!is_first(t)) return 0;
-    int best = t->evaluated == step && t->last_accuracy > t->best_saved;
-    snprintf(t->latest, sizeof t->latest, "%s", name);
-    if (best) {
+    memcpy(best_before, t->best, sizeof best_before);
+    if (t->evaluated == step && t->last_accuracy > t->best_saved) {
         t->best_saved = t->last_accuracy;
-        snprintf(t->best, sizeof t->best, "%s", name);
+        memcpy(t->best, name, sizeof name);
     }
-    for (int i = 0; i <= best; i++) {
-        snprintf(pointer, sizeof pointer, "%.*s/%s", (int)(strlen(folder) - strlen(name) - 1), folder,
-                 i ? "best" : "latest");
-        if (file_write_atomic(pointer, name, strlen(name), &e)) return rt_fail(t->rank, "%s", e.text);
+    checkpoint_state state = training_state(t, step, used);
+    int failed = checkpoint_save(&t->d, folder, &t->r->card, &state, &e);
+    checkpoint_state_free(&state);
+    if (failed) { /* without a message another rank has one */
+        t->best_saved = saved_before;
+        memcpy(t->best, best_before, sizeof best_before);
+        if (rt_failed(t->rank)) return -1;
+        if (last) return *e.text ? rt_fail(t->rank, "%s", e.text) : -1;
+        return *e.text ? write_failed(t, &e) : t->saved ? 0 : -1;
     }
+    t->saved = 1;
+    if (!is_first(t)) return 0;
+    memcpy(t->latest, name, sizeof name);
+    if (write_pointers(t)) return -1;
     folder[strlen(folder) - strlen(name) - 1] = 0;
     checkpoint_prune(folder, o->keep_checkpoints, t->best, t->latest);
     cJSON *line = metrics_line("checkpoint");
@@ -734,15 +913,31 @@ static int print_schedule(trainer *t) {
     return rt_failed(t->rank) ? -1 : 0;
 }
 
-/* The steps of an epoch up to `last`; *step counts those that are done. The loader has their batches. */
+/* The line of an epoch, of which this run has made `steps` in so many seconds. */
+static int log_epoch(trainer *t, size_t step, size_t steps, double seconds, double data,
+                     double communication) {
+    double loss = t->epoch_loss / (double)t->epoch_steps, images = (double)(steps * t->r->global_batch);
+    if (!is_first(t)) return 0;
+    show_progress(t, t->epoch, step, loss, images / seconds, data / seconds, 1);
+    cJSON *line = metrics_line("epoch");
+    metrics_add_count(line, "epoch", t->epoch);
+    metrics_add(line, "epoch_time_s", seconds);
+    metrics_add(line, "train_loss", loss);
+    metrics_add(line, "data_time_s", data);
+    metrics_add(line, "communication_time_s", communication);
+    metrics_add(line, "compute_time_s", seconds - data - communication);
+    return log_line(t, line);
+}
+
+/* The steps of an epoch up to `last`; *step counts those that are done. The loader has their batches. 1: a
+ * signal has come; the checkpoint is written. */
 static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
     const run *r = t->r;
     const train_options *o = &r->o;
-    size_t steps = 0, epoch = t->epoch;
-    double start = rt_seconds(), data = t->data_s, communication = t->rank->communication_s, loss = 0,
-           checkpoints = 0;
-    int due = 0; /* a checkpoint, after this step */
-    for (; *step < last; steps++) {
+    size_t steps = 0, epoch = t->epoch, G = r->global_batch;
+    double start = rt_seconds(), data = t->data_s, communication = t->rank->communication_s, checkpoints = 0;
+    int due = 0, stop = 0; /* a checkpoint, after this step; and no step more */
+    while (*step < last && !stop) {
         double began = rt_seconds(), rate = scheduled_rate(o, *step, r->steps);
         dist_result result = {0};
         dist_begin_step(&t->d, *step + 1, rate);
@@ -751,53 +946,53 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
             if (!batch) return -1;
             dist_micro_batch(&t->d, m, batch->images, batch->labels, batch->keys);
         }
+        if (stop_signals) dist_request_stop(&t->d);
         dist_end_step(&t->d, &result);
         if (rt_failed(t->rank) || (t->comm.observe && print_schedule(t))) return -1;
         ++*step;
         if (result.bad_losses || !isfinite(result.gradient_norm))
             return explain_not_finite(t, steps, *step, &result);
         double now = rt_seconds();
-        loss += result.loss;
+        steps++;
+        stop = result.stop;
+        t->epoch_loss += result.loss;
+        t->epoch_steps++;
+        if (r->result && is_first(t)) compare_add_step(r->result, &result, now - began);
         if (is_first(t) && (*step % o->log_interval == 0 || *step == r->steps)) {
             if (log_step(t, *step, epoch, &result, rate, now - began)) return -1;
-            show_progress(t, epoch, *step, loss / (double)(steps + 1),
-                          (double)((steps + 1) * r->global_batch) / (now - start - checkpoints),
+            show_progress(t, epoch, *step, t->epoch_loss / (double)t->epoch_steps,
+                          (double)(steps * G) / (now - start - checkpoints),
                           (t->data_s - data) / (now - start - checkpoints), 0);
         }
         due = o->checkpoint_interval_steps != SIZE_MAX && *step % o->checkpoint_interval_steps == 0;
-        if (due && *step < last) { /* that of the epoch's end comes after the evaluation */
-            if (write_checkpoint(t, *step)) return -1;
+        if (stop || (due && *step < last)) { /* that of the epoch's end comes after the evaluation */
+            if (write_checkpoint(t, *step, t->position + steps * G, stop)) return -1;
             checkpoints += rt_seconds() - now;
         }
     }
-    double seconds = rt_seconds() - start - checkpoints, images = (double)(steps * r->global_batch);
+    double seconds = rt_seconds() - start - checkpoints;
     data = t->data_s - data;
     communication = t->rank->communication_s - communication;
+    if (stop) return 1;
     int end = *step == r->steps;
     if ((end || (epoch + 1) % o->eval_interval == 0) && evaluate_and_log(t, *step, epoch)) return -1;
-    if ((end || due || (epoch + 1) % o->checkpoint_interval == 0) && write_checkpoint(t, *step)) return -1;
-    if (!is_first(t)) return 0;
-    show_progress(t, epoch, *step, loss / (double)steps, images / seconds, data / seconds, 1);
-    cJSON *line = metrics_line("epoch");
-    metrics_add_count(line, "epoch", epoch);
-    metrics_add(line, "epoch_time_s", seconds);
-    metrics_add(line, "train_loss", loss / (double)steps);
-    metrics_add(line, "data_time_s", data);
-    metrics_add(line, "communication_time_s", communication);
-    metrics_add(line, "compute_time_s", seconds - data - communication);
-    return log_line(t, line);
+    if (log_epoch(t, *step, steps, seconds, data, communication)) return -1;
+    if (!end && !due && (epoch + 1) % o->checkpoint_interval != 0) return 0;
+    return write_checkpoint(t, *step, t->position + steps * G, end);
 }
 
-/* One epoch, or what is left of the steps. */
+/* One epoch, or what is left of it, or of the steps. 1: a signal has come. */
 static int train_epoch(trainer *t, size_t *step) {
     const run *r = t->r;
-    size_t last = r->steps - *step < r->steps_per_epoch ? r->steps : *step + r->steps_per_epoch;
+    size_t left = (r->train.count - t->position) / r->global_batch;
+    size_t last = r->steps - *step < left ? r->steps : *step + left;
+    if (left == 0) return 0; /* resumed with a larger global batch */
     loader l;
     sampler_order(r->o.seed, t->epoch, r->train.count, r->o.shuffle, t->order);
     if (start_loader(t, &l, draw_training, 0, (last - *step) * r->o.gradient_accumulation_steps)) return -1;
-    int failed = train_steps(t, &l, step, last);
+    int status = train_steps(t, &l, step, last);
     loader_close(&l);
-    return failed;
+    return status;
 }
 
 /* Beside the ledger, what the device itself says of its memory. all [ranks, length]: totals of every rank. */
@@ -830,9 +1025,10 @@ static int log_totals(trainer *t, size_t steps) {
     }
     dist_traffic traffic[DIST_OPS];
     memcpy(traffic, t->comm.traffic, sizeof traffic);
+    if (t->r->result) compare_add_rank(t->r->result, &t->d, traffic);
     dist_sum(&t->d, all, N * LENGTH);
     int failed = rt_failed(t->rank);
-    if (is_first(t) && !failed && !t->r->o.quiet) {
+    if (is_first(t) && !failed && !t->r->o.quiet && !t->r->result) {
         dist_formula formula = dist_formula_of(&t->d);
         fprintf(stderr, "rank 0 of %zu:\n", N);
         report_memory(stderr, &t->rank->ledger, &formula);
@@ -868,6 +1064,39 @@ static int log_totals(trainer *t, size_t steps) {
     return failed ? -1 : 0;
 }
 
+/* The model in one line. */
+static void describe_model(const run *r, char *text, size_t size) {
+    const vit_config *c = &r->config;
+    snprintf(text, size,
+             "ViT of %zux%zu images, patch %zu, dim %zu, depth %zu, heads %zu, %zu classes: %zu parameters",
+             c->image_height, c->image_width, c->patch_size, c->embed_dim, c->depth, c->num_heads,
+             c->num_classes, r->model.parameters);
+}
+
+/* From where training goes on, and what may give it other bits than those of a run that never stopped. */
+static void say_resumed(const trainer *t) {
+    const run *r = t->r;
+    const train_options *o = &r->o;
+    const checkpoint_state *s = &r->state;
+    const char *const names[] = {"gradient-reduction", "matmul"};
+    const char *const now[] = {options_choice(&train_table, o, &o->gradient_reduction).text,
+                               options_choice(&train_table, o, &o->matmul).text};
+    char other[256] = "";
+    if (s->ranks != r->ranks) snprintf(other, sizeof other, ", %zu ranks before", s->ranks);
+    if (s->batch_size != o->batch_size || s->accumulation != o->gradient_accumulation_steps)
+        snprintf(other + strlen(other), sizeof other - strlen(other),
+                 ", %zu batch size x %zu accumulation before", s->batch_size, s->accumulation);
+    for (int i = 0; i < 2; i++) {
+        const char *before = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(s->options, names[i]));
+        int counts = i || o->gradient_accumulation_steps > 1; /* one micro-batch has one way to be reduced */
+        if (counts && before && strcmp(before, now[i]))
+            snprintf(other + strlen(other), sizeof other - strlen(other), ", %s %s before", names[i], before);
+    }
+    fprintf(stderr, "resumed from %s: step %zu, epoch %zu after %zu images%s%s\n", r->resumed, s->step,
+            s->epoch + 1, s->position, other,
+            *other ? ": the last bits may differ from those of a run that never stopped" : "");
+}
+
 static int log_start(trainer *t) {
     const run *r = t->r;
     cJSON *line = metrics_line("start");
@@ -886,10 +1115,9 @@ static int log_start(trainer *t) {
                 rows, columns, r->config.patch_size);
     if (log_line(t, line) || r->o.quiet) return 0;
     const train_options *o = &r->o;
-    fprintf(stderr,
-            "ViT of %zux%zu images, patch %zu, dim %zu, depth %zu, heads %zu, %zu classes: %zu parameters\n",
-            r->config.image_height, r->config.image_width, r->config.patch_size, r->config.embed_dim,
-            r->config.depth, r->config.num_heads, r->config.num_classes, r->model.parameters);
+    char model[256];
+    describe_model(r, model, sizeof model);
+    fprintf(stderr, "%s\n", model);
     fprintf(stderr, "%s: %zu training images, %zu validation images\n", dataset_kind_names[r->val.kind],
             r->train.count, r->val.count);
     fprintf(stderr, "strategy %s on %zu rank%s of %zu thread%s, %s\n", t->d.strategy->name, r->ranks,
@@ -897,6 +1125,7 @@ static int log_start(trainer *t) {
             r->device->description(t->rank));
     fprintf(stderr, "global batch %zu = %zu batch size x %zu accumulation x %zu ranks; %zu steps\n",
             r->global_batch, o->batch_size, o->gradient_accumulation_steps, r->ranks, r->steps);
+    if (*r->resumed) say_resumed(t);
     fprintf(stderr, "results go to %s\n", o->output_dir);
     return 0;
 }
@@ -934,34 +1163,90 @@ static int write_config(trainer *t) {
     return failed ? rt_fail(t->rank, "%s", e.text) : 0;
 }
 
-static int train_loop(trainer *t) {
+/* Where training begins: at its first step, or where the step folder stood. */
+static size_t begin_at(trainer *t) {
     const run *r = t->r;
-    size_t step = 0;
+    const checkpoint_state *s = &r->state;
     t->best_accuracy = t->best_saved = -1;
     t->evaluated = SIZE_MAX;
-    if (is_first(t)) {
-        error_text e;
-        char path[CHECKPOINT_PATH];
-        snprintf(path, sizeof path, "%.*s/metrics.jsonl", CHECKPOINT_PATH - 16, r->o.output_dir);
-        if (write_config(t)) return -1;
-        if (metrics_open(&t->metrics, path, &e)) return rt_fail(t->rank, "%s", e.text);
-        if (log_start(t)) return -1;
+    if (!*r->resumed) return 0;
+    t->epoch = s->epoch;
+    t->position = s->position;
+    t->epoch_loss = s->epoch_loss;
+    t->epoch_steps = s->epoch_steps;
+    t->last_accuracy = s->last_accuracy;
+    t->best_accuracy = s->best_accuracy;
+    t->evaluated = s->evaluated;
+    if (!r->continues) return s->step;
+    t->saved = 1;
+    t->best_saved = s->best_saved;
+    memcpy(t->best, s->best, sizeof t->best);
+    snprintf(t->latest, sizeof t->latest, "%.31s", strrchr(r->resumed, '/') + 1);
+    return s->step;
+}
+
+/* Rank 0 opens what the run writes, cut back to where it goes on. */
+static int open_output(trainer *t, size_t step) {
+    const run *r = t->r;
+    error_text e;
+    char path[CHECKPOINT_PATH], kept[64];
+    if (write_config(t)) return -1;
+    if (r->continues) {
+        snprintf(path, sizeof path, "%.*s/checkpoints", CHECKPOINT_PATH - 16, r->o.output_dir);
+        size_t removed =
+            strcmp(r->o.resume, "auto") ? checkpoint_cut(path, step) : 0; /* auto: damaged ones stay */
+        if (removed)
+            fprintf(stderr, "%zu checkpoint%s after step %zu removed, where training goes on\n", removed,
+                    removed > 1 ? "s" : "", step);
+        if (write_pointers(t)) return -1;
     }
+    snprintf(path, sizeof path, "%.*s/metrics.jsonl", CHECKPOINT_PATH - 16, r->o.output_dir);
+    snprintf(kept, sizeof kept, "{\"event\":\"checkpoint\",\"step\":%zu,", step);
+    if (metrics_open(&t->metrics, path, r->continues ? r->state.metrics_bytes : 0, r->continues ? kept : NULL,
+                     &e))
+        return rt_fail(t->rank, "%s", e.text);
+    return log_start(t);
+}
+
+static int train_loop(trainer *t) {
+    run *r = t->r;
+    size_t first = begin_at(t), step = first;
+    int status = 0;
+    if (step >= r->steps) {
+        if (is_first(t)) fprintf(stderr, "%s: complete, step %zu of %zu\n", r->resumed, step, r->steps);
+        return 0;
+    }
+    if (is_first(t) && open_output(t, step)) return -1;
     if (r->schedules) {
         t->comm.observer = &r->schedules[t->rank->rank];
         t->comm.observe = schedule_observe;
     }
     t->started = rt_seconds();
-    for (; step < r->steps; t->epoch++)
-        if (train_epoch(t, &step)) return -1;
+    while (step < r->steps) {
+        if ((status = train_epoch(t, &step)) < 0) return -1;
+        if (status) break;
+        t->epoch++;
+        t->position = t->epoch_steps = 0;
+        t->epoch_loss = 0;
+    }
     double seconds = rt_seconds() - t->started;
-    if (log_totals(t, step) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
+    size_t steps = step - first;
+    if ((steps && log_totals(t, steps)) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
     cJSON *line = metrics_line("end");
     metrics_add_count(line, "steps", step);
     metrics_add(line, "seconds", seconds);
-    metrics_add(line, "images_per_s", (double)(step * r->global_batch) / seconds);
+    metrics_add(line, "images_per_s", (double)(steps * r->global_batch) / seconds);
     metrics_add(line, "best_val_accuracy", t->best_accuracy);
+    metrics_add_count(line, "resident_peak_bytes", report_resident_peak_bytes());
     if (log_line(t, line)) return -1;
+    if (status) {
+        r->interrupted = 1;
+        fprintf(stderr, "interrupted after step %zu of %zu; to go on: --resume auto --output-dir %s\n", step,
+                r->steps, r->o.output_dir);
+        return 0;
+    }
+    if (r->result) r->result->accuracy = t->last_accuracy;
+    if (r->result) return 0; /* compare prints its own */
     printf("validation accuracy %.4f (best %.4f) after %zu steps, %.1f s\nresults: %s\n", t->last_accuracy,
            t->best_accuracy, step, seconds, r->o.output_dir);
     return 0;
@@ -987,7 +1272,7 @@ static int rank_body(rt_rank *rank, void *argument) {
     run *r = argument;
     const train_options *o = &r->o;
     size_t B = o->batch_size, V = r->model.V;
-    trainer t = {.r = r, .rank = rank};
+    trainer t = {.r = r, .rank = rank, .metrics.fd = -1};
     error_text e = {{0}};
     if (open_device(r, rank, &e)) return rt_fail(rank, "%s", e.text);
     dist_options d = distribution(r);
@@ -1002,8 +1287,11 @@ static int rank_body(rt_rank *rank, void *argument) {
         rt_fail(rank, "rank %d: out of memory for batches of %zu images", rank->rank, B);
     } else if (!dist_comm_open(&t.comm, r->hub, rank, r->device)) {
         int failed = dist_open(&t.d, &t.comm, &r->model, &d, &e);
-        if (!failed && r->loaded) failed = model_source_load(&r->source, &t.d, o->seed, &e);
-        for (size_t u = 0; u < r->model.units && !failed && !r->loaded; u++) {
+        if (!failed && *r->resumed)
+            failed = checkpoint_load(&t.d, r->resumed, &e);
+        else if (!failed && r->loaded)
+            failed = model_source_load(&r->source, &t.d, o->seed, &e);
+        for (size_t u = 0; u < r->model.units && !failed && !r->loaded && !*r->resumed; u++) {
             float *values = malloc(r->model.unit[u].count * sizeof *values);
             if (!values)
                 failed = error_set(&e, "rank %d: out of memory", rank->rank);
@@ -1011,9 +1299,9 @@ static int rank_body(rt_rank *rank, void *argument) {
                 vit_unit_initialise(&r->model.unit[u], o->seed, values), dist_import(&t.d, u, values);
             free(values);
         }
-        if (failed)
+        if (failed && *e.text) /* without a message another rank has one */
             rt_fail(rank, "%s", e.text);
-        else if (!rt_failed(rank))
+        else if (!failed && !rt_failed(rank))
             (r->command == COMMAND_TRAIN ? train_loop : r->command == COMMAND_EVAL ? eval_once : predict)(&t);
         dist_close(&t.d);
     }
@@ -1037,16 +1325,17 @@ static int prepare_output(run *r, error_text *e) {
     struct tm local;
     localtime_r(&now, &local);
     strftime(stamp, sizeof stamp, "%Y%m%d-%H%M%S", &local);
+    const char *what =
+        o->state.command == COMMAND_COMPARE ? "compare" : options_choice(&train_table, o, &o->strategy).text;
     if (!*o->output_dir)
-        snprintf(o->output_dir, sizeof o->output_dir, "runs/%s-%.64s-%s", stamp, r->config.name,
-                 options_choice(&train_table, o, &o->strategy).text);
-    for (size_t i = 0; i < 3; i++) {
+        snprintf(o->output_dir, sizeof o->output_dir, "runs/%s-%.64s-%s", stamp, r->config.name, what);
+    for (size_t i = 0; i < 3 && !r->continues && strcmp(o->resume, "auto"); i++) {
         struct stat st;
         if (checkpoint__join(path, o->output_dir, traces[i], e)) return -1;
         if (!stat(path, &st))
             return error_set(e,
-                             "%s: found %s, so it already holds a run; choose another --output-dir (--resume "
-                             "is not built yet)",
+                             "%s: found %s, so it already holds a run; choose another --output-dir, or go on "
+                             "with --resume auto",
                              o->output_dir, traces[i]);
     }
     return 0;
@@ -1150,6 +1439,90 @@ static int command_env(run *r, error_text *e, char **table) {
     return run_ranks(r, env_body, e, table);
 }
 
+/* Makes the run that of strategy i, in a folder of its own in the output directory. */
+static int compare_run(run *r, const compare *c, size_t i, const char *directory, error_text *e) {
+    train_options *o = &r->o;
+    const char *choices = options_of_field(&train_table, o, &o->strategy)->choices;
+    o->strategy = option_choice_index(choices, c->result[i].strategy);
+    int length = snprintf(o->output_dir, sizeof o->output_dir, "%s/%s", directory, c->result[i].strategy);
+    return length < CHECKPOINT_PATH ? 0 : error_set(e, "%.200s...: found too long a path", directory);
+}
+
+/* All that can be refused is, before anything is run. */
+static int compare_prepare(run *r, compare *c, option_text directory, error_text *e) {
+    train_options *o = &r->o;
+    char path[CHECKPOINT_PATH];
+    struct stat st;
+    *o->strategies = 0; /* each run is one like any other */
+    if (o->gradient_reduction < 0) o->gradient_reduction = CHOICE_REDUCTION_EVERY;
+    if (prepare(r, e) || prepare_output(r, e)) return -1;
+    memcpy(directory, o->output_dir, sizeof o->output_dir);
+    if (checkpoint__join(path, directory, "compare.md", e)) return -1;
+    if (!stat(path, &st))
+        return error_set(
+            e, "%s: found compare.md, so it already holds a comparison; choose another --output-dir",
+            directory);
+    for (size_t i = 0; i < c->count; i++)
+        if (compare_run(r, c, i, directory, e) || prepare_memory(r, e) || prepare_output(r, e)) return -1;
+    const char *data = dataset_kind_names[r->val.kind];
+    describe_model(r, c->about[0], sizeof c->about[0]);
+    snprintf(c->about[1], sizeof c->about[1],
+             "%s, fp32: %zu steps of %zu images = %zu batch size x %zu accumulation x %zu ranks; "
+             "gradient reduction %s",
+             data, r->steps, r->global_batch, o->batch_size, o->gradient_accumulation_steps, r->ranks,
+             options_choice(&train_table, o, &o->gradient_reduction).text);
+    return compare_open(c, r->ranks, r->steps, e);
+}
+
+/* The same training under each strategy. The first failure ends it. */
+static int compare_train(run *r, compare *c, const char *directory, error_text *e, char **table) {
+    for (size_t i = 0; i < c->count; i++) {
+        error_text why;
+        if (compare_run(r, c, i, directory, e)) return -1;
+        if (!r->o.quiet)
+            fprintf(stderr, "\nstrategy %zu of %zu: %s\n", i + 1, c->count, c->result[i].strategy);
+        r->result = &c->result[i];
+        if (run_ranks(r, rank_body, &why, table))
+            return error_set(e, "compare: strategy %s: %s", c->result[i].strategy, why.text);
+        if (r->interrupted)
+            return error_set(e, "compare: interrupted under strategy %s", c->result[i].strategy);
+    }
+    return 0;
+}
+
+/* The exit status. That strategies give different numbers is a failure: they promise the same bits. */
+static int command_compare(run *r, error_text *e, char **table) {
+    train_options *o = &r->o;
+    option_text directory;
+    compare c = {0};
+    const option *strategy = options_of_field(&train_table, o, &o->strategy);
+    if (compare_choose(&c, o->strategies, strategy->choices, e)) return 2;
+    int given_one = o->state.source[strategy - train_option_list] == OPTION_FROM_COMMAND_LINE;
+    if (given_one || o->print_schedule || *o->resume) {
+        error_set(e, "compare: found --%s, expected it with one strategy (train) alone",
+                  given_one           ? "strategy"
+                  : o->print_schedule ? "print-schedule"
+                                      : "resume");
+        return 2;
+    }
+    o->strategy = option_choice_index(strategy->choices, c.result[0].strategy); /* until compare_run */
+    r->command = COMMAND_TRAIN;
+    int failed = compare_prepare(r, &c, directory, e);
+    if (!failed) show_notes(r);
+    catch_signals();
+    if (!failed) failed = compare_train(r, &c, directory, e, table) || compare_judge(&c, directory, e);
+    if (!failed) {
+        compare_print_text(&c, stdout);
+        failed = compare_write(&c, directory, e);
+    }
+    if (!failed) {
+        printf("results: %s\n", directory);
+        failed = compare_verdict(&c, e);
+    }
+    compare_free(&c);
+    return r->interrupted ? 130 : failed ? 1 : 0;
+}
+
 /* Writes the model of --checkpoint as a folder that timm or Hugging Face's transformers open. */
 static int command_export(run *r, error_text *e) {
     train_options *o = &r->o;
@@ -1219,6 +1592,8 @@ int main(int argc, char **argv) {
         status = command_help(&r->o, &e) ? 2 : 0;
     } else if (r->o.state.command == COMMAND_ENV) {
         status = command_env(r, &e, &table) ? 1 : 0;
+    } else if (r->o.state.command == COMMAND_COMPARE) {
+        status = command_compare(r, &e, &table);
     } else if (r->o.state.command == COMMAND_EXPORT) {
         const char *missing = !*r->o.checkpoint   ? "checkpoint, expected the model to export"
                               : r->o.format < 0   ? "format, expected timm or hf"
@@ -1231,6 +1606,7 @@ int main(int argc, char **argv) {
     } else {
         r->command = r->o.state.command;
         int predicting = r->command == COMMAND_PREDICT, training = r->command == COMMAND_TRAIN;
+        const char *resume = r->o.resume;
         if (!training && !*r->o.checkpoint) {
             error_set(&e, "%s: found no --checkpoint, expected a model", predicting ? "predict" : "eval");
             status = 2;
@@ -1238,19 +1614,25 @@ int main(int argc, char **argv) {
             error_set(&e, "predict: found %zu images and %zu ranks, expected images, and one rank",
                       r->o.state.argument_count, r->o.nproc_per_node);
             status = 2;
+        } else if (*resume && (!training || (!strcmp(resume, "auto") && !*r->o.output_dir))) {
+            error_set(&e, training ? "--resume auto: found no --output-dir, expected that of the run to go on"
+                                   : "found --resume, expected it with training alone");
+            status = 2;
         } else if (!prepare(r, &e) && (!training || !prepare_output(r, &e))) {
             show_notes(r);
+            if (training) catch_signals();
+            e.text[0] = 0;
             if (training && r->o.print_schedule && !(r->schedules = calloc(r->ranks, sizeof *r->schedules)))
                 error_set(&e, "out of memory");
             else
-                status = run_ranks(r, rank_body, &e, &table) ? 1 : 0;
+                status = run_ranks(r, rank_body, &e, &table) ? 1 : r->interrupted ? 130 : 0;
         }
     }
     if (!status && (fflush(stdout) || ferror(stdout)))
         status = 1, error_set(&e, "stdout: cannot be written: %s", strerror(errno));
     for (char *c = e.text; *c; c++) /* names from outside may hold line ends: one line */
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    if (status) /* on a terminal: in place of a progress line */
+    if (status && *e.text) /* on a terminal: in place of a progress line */
         fprintf(stderr, "%strain: error: %s\n%s", isatty(STDERR_FILENO) ? "\r\033[K" : "", e.text,
                 table ? table : "");
     if (status && r->out_of_memory) {
@@ -1259,6 +1641,7 @@ int main(int argc, char **argv) {
     }
     for (size_t i = 0; r->schedules && i < r->ranks; i++) free(r->schedules[i].entry);
     free(r->schedules);
+    checkpoint_state_free(&r->state);
     dataset_free(&r->train);
     dataset_free(&r->val);
     model_source_close(&r->source);

@@ -187,7 +187,8 @@ typedef struct vit_device {
     void (*cast)(rt_stream *s, rt_block to, rt_block from); /* any of fp32, bf16 and fp16 to any; [n] both */
     void (*add)(rt_stream *s, rt_block x, rt_block y);      /* x += y; y may be of another type, as in cast */
     /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by
-     * element (fp32, bf16, fp16 or int64; of 16-bit numbers the sum is formed in fp32 and rounded once). A `to` may be one of `from`. Called by the rank that executes, on memory of
+     * element (fp32, bf16, fp16 or int64, which wraps; of 16-bit numbers the sum is formed in fp32 and rounded once).
+     * A `to` may be one of `from`. Called by the rank that executes, on memory of
      * all ranks. */
     void (*sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from);
 

@@ -1,11 +1,12 @@
-/* vit_cpu.c - the CPU device: every operation of vit.h's table, in fp32, on the threads of one rank.
+/* vit_cpu.c - the CPU device: every operation of vit.h's table, on the threads of one rank. Models may be of type
+ * fp32, bf16 or fp16; arithmetic is fp32.
  *
  *     cc -O3 -march=native -mprefer-vector-width=512 -std=gnu11 -fno-math-errno -fno-trapping-math -fopenmp \
  *        -c vit_cpu.c
  *
  * and with -DHAVE_OPENBLAS (-lopenblas for the linker) OpenBLAS's matrix product beside our own.
  *
- * Contents: ranks and memory; exp, softmax, GELU; the matrix product; linear; layernorm; attention; the other
+ * Contents: ranks and memory; numbers of 16 bits; exp, softmax, GELU; the matrix product; linear; layernorm; attention; the other
  * layers; loss; optimizers and gradient norm; vector arithmetic; the table.
  *
  * Results do not depend on the number of threads (products by OpenBLAS excepted). Threads share out elements,
@@ -14,7 +15,7 @@
  * order. Flat runs are cut into blocks of fixed length, lest a thread's boundary move elements from a
  * vectorised loop to its remainder.
  *
- * What it leaves out: types other than fp32, several threads for one image and head, placement of memory on
+ * What it leaves out: models in fp64, instructions that multiply 16-bit numbers, several threads for one image and head, placement of memory on
  * sockets. It is correct without -fopenmp, on one thread.
  */
 #define _GNU_SOURCE
@@ -90,6 +91,52 @@ static void copy_in(rt_stream *s, rt_block to, const void *from) {
 static void copy_out(rt_stream *s, void *to, rt_block from) {
     memcpy(to, from.data, from.count * rt_type_size(from.type));
 }
+
+/* ---------------------------------------------------------------------------------------- numbers of 16 bits */
+
+/* Operations work on floats. Those of an fp32 block are used in place; those of a bf16 or fp16 block are widened
+ * into a buffer of the thread, a row or a run of elements at a time, and results rounded on their way back. */
+
+/* Elements [at, at + n) of a block: in place, or in the buffer [n]. */
+INLINE const float *load(rt_block b, size_t at, size_t n, float *buffer) {
+    if (b.type == RT_FP32) return floats(b) + at;
+    rt_widen(buffer, (const uint16_t *)b.data + at, n, b.type);
+    return buffer;
+}
+
+/* Where to compute elements from `at` on: in place, or in the buffer. */
+INLINE float *room(rt_block b, size_t at, float *buffer) {
+    return b.type == RT_FP32 ? floats(b) + at : buffer;
+}
+
+/* Elements [at, at + n) = x [n], which may have been computed in place. */
+INLINE void store(rt_block b, size_t at, size_t n, const float *x) {
+    if (b.type != RT_FP32)
+        rt_narrow((uint16_t *)b.data + at, x, n, b.type);
+    else if (x != floats(b) + at)
+        memcpy(floats(b) + at, x, n * sizeof *x);
+}
+
+/* The same for n elements of each of `count` rows, `stride` apart: in place, or [count, n] in the buffer. */
+typedef struct {
+    float *at;
+    size_t ld;
+} float_rows;
+
+static float_rows room_for_rows(rt_block b, size_t at, size_t stride, size_t n, float *buffer) {
+    return b.type == RT_FP32 ? (float_rows){floats(b) + at, stride} : (float_rows){buffer, n};
+}
+
+static float_rows load_rows(rt_block b, size_t at, size_t stride, size_t count, size_t n, float *buffer) {
+    for (size_t i = 0; b.type != RT_FP32 && i < count; i++) load(b, at + i * stride, n, buffer + i * n);
+    return room_for_rows(b, at, stride, n, buffer);
+}
+
+static void store_rows(rt_block b, size_t at, size_t stride, size_t count, size_t n, float_rows x) {
+    for (size_t i = 0; i < count; i++) store(b, at + i * stride, n, x.at + i * x.ld);
+}
+
+static inline rt_block float_block(float *x) { return (rt_block){.data = x, .type = RT_FP32}; }
 
 /* ------------------------------------------------------------------------------------- exp, softmax, GELU */
 
@@ -325,14 +372,40 @@ static void pack_panels(float *to, matrix b, size_t K, size_t N, size_t thread, 
         pack_panel(to + j * K, part(b, 0, j), K, min_size(NR, N - j));
 }
 
-/* Packs a [M, K]: transposed into slivers [K, MR], else as rows of another stride, since rows some KB apart
- * would compete for the same cache lines. Transposed it also adds up each row, if sums [M] are asked for. */
-static matrix pack_rows(float *to, matrix a, size_t M, size_t K, float *sums) {
-    for (size_t i = 0; !a.transposed && i < M; i++)
-        memcpy(to + i * (K + VL), a.at + i * a.ld, K * sizeof *to);
-    if (!a.transposed) return (matrix){to, K + VL, 0};
+/* An operand of a product as it lies in memory: element (i, j) at i * ld + j; transposed: at j * ld + i. */
+typedef struct {
+    rt_block block;
+    size_t ld;
+    int transposed;
+} operand;
+
+static size_t position(const operand *o, size_t i, size_t j) {
+    return o->transposed ? j * o->ld + i : i * o->ld + j;
+}
+
+/* Of an fp32 operand: the matrix that begins at element (i, j). */
+static matrix in_place(const operand *o, size_t i, size_t j) {
+    return (matrix){floats(o->block) + position(o, i, j), o->ld, o->transposed};
+}
+
+/* Blocks: K at most; rows of packed A; and floats of packed B, which all threads share and which are to stay
+ * in the L3 cache. A is packed only where it is transposed, or where its rows lie a multiple of ALIASED floats
+ * apart, in the same few places of an L1 cache. */
+enum { KC = 1024, MC = 10 * MR, PANELS = 1 << 20, ALIASED = 1024 };
+
+/* Packs [M <= MC, K] of A from element (i0, k0) on: transposed into slivers [K, MR], else as rows of another
+ * stride, since rows some KB apart would compete for the same cache lines. Transposed it also adds up each row,
+ * if sums [M] are asked for. */
+static matrix pack_rows(float *to, const operand *a, size_t i0, size_t k0, size_t M, size_t K, float *sums) {
+    for (size_t i = 0; !a->transposed && i < M; i++) {
+        float *row = to + i * (K + VL);
+        const float *from = load(a->block, position(a, i0 + i, k0), K, row);
+        if (from != row) memcpy(row, from, K * sizeof *to);
+    }
+    if (!a->transposed) return (matrix){to, K + VL, 0};
+    float wide[MC];
     for (size_t k = 0; k < K; k++) {
-        const float *from = a.at + k * a.ld;
+        const float *from = load(a->block, position(a, i0, k0 + k), M, wide);
         size_t i = 0;
         for (; i + MR <= M; i += MR) memcpy(to + i * K + k * MR, from + i, MR * sizeof *to);
         memcpy(to + i * K + k * MR, from + i, (M - i) * sizeof *to);
@@ -346,19 +419,16 @@ static matrix pack_rows(float *to, matrix a, size_t M, size_t K, float *sums) {
 /* A product, and what is done with each part of C when it is complete and still in cache. */
 typedef struct product {
     size_t M, N, K;
-    matrix a, b;
-    float *c; /* [M, N] */
-    void (*epilogue)(const struct product *p, size_t i, size_t j, size_t rows, size_t cols);
-    const float *bias; /* [N] */
-    const float *pre;  /* [M, N] */
-    float *y;          /* [M, N] */
-    float *sums;       /* [M] = the sums of a's rows, if asked for; a is then transposed */
+    operand a, b;
+    rt_block c; /* [M, N] */
+    /* of [rows, cols] of C from (i, j) on, which lie as floats at c */
+    void (*epilogue)(const struct product *p, float *c, size_t ldc, size_t i, size_t j, size_t rows,
+                     size_t cols);
+    rt_block bias; /* [N] */
+    rt_block pre;  /* [M, N] */
+    rt_block y;    /* [M, N] */
+    rt_block sums; /* [M] = the sums of a's rows, if asked for; a is then transposed */
 } product;
-
-/* Blocks: K at most; rows of packed A; and floats of packed B, which all threads share and which are to stay
- * in the L3 cache. A is packed only where it is transposed, or where its rows lie a multiple of ALIASED floats
- * apart, in the same few places of an L1 cache. */
-enum { KC = 1024, MC = 10 * MR, PANELS = 1 << 20, ALIASED = 1024 };
 
 /* Tiles of the busiest thread if `down` x `across` threads share them. */
 static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down, size_t across) {
@@ -368,6 +438,7 @@ static inline size_t busiest(size_t tiles_down, size_t tiles_across, size_t down
 static void multiply_own(rt_rank *rank, const product *p, int threads) {
     const size_t blocks = (p->K + KC - 1) / KC, kc = (p->K + blocks - 1) / blocks;
     const int unpacked = !p->a.transposed && p->a.ld % ALIASED;
+    float *const c = p->c.data, *const all_sums = p->sums.data;
     const size_t nc = min_size(round_up(p->N, NR), PANELS / kc / NR * NR + NR);
     const size_t mc = unpacked ? MR : MC, a_count = unpacked ? 0 : MC * (kc + VL);
     const size_t tiles = (p->M + MR - 1) / MR;
@@ -392,18 +463,78 @@ static void multiply_own(rt_rank *rank, const product *p, int threads) {
                 const size_t N = min_size(nc, p->N - j0), tiles_across = (N + NR - 1) / NR;
                 const size_t j = tiles_across * my_column / across * NR;
                 const size_t cols = min_size(tiles_across * (my_column + 1) / across * NR, N) - j;
-                pack_panels(panels, part(p->b, k, j0), K, N, thread, n);
+                pack_panels(panels, in_place(&p->b, k, j0), K, N, thread, n);
 #pragma omp barrier
                 for (size_t i = i_begin; i < i_end; i += mc) {
                     const size_t rows = min_size(mc, i_end - i);
-                    matrix a = part(p->a, i, k);
-                    float *sums = p->sums && j0 == 0 && my_column == 0 ? p->sums + i : NULL;
+                    float *sums = all_sums && j0 == 0 && my_column == 0 ? all_sums + i : NULL;
                     if (sums && block == 0) memset(sums, 0, rows * sizeof *sums);
-                    if (!unpacked) a = pack_rows(packed, a, rows, K, sums);
-                    multiply_panels(p->c + i * p->N + j0 + j, p->N, a, a.transposed ? K : a.ld,
-                                    panels + j * K, rows, cols, K, block > 0);
-                    if (p->epilogue && block + 1 == blocks) p->epilogue(p, i, j0 + j, rows, cols);
+                    const matrix a =
+                        unpacked ? in_place(&p->a, i, k) : pack_rows(packed, &p->a, i, k, rows, K, sums);
+                    multiply_panels(c + i * p->N + j0 + j, p->N, a, a.transposed ? K : a.ld, panels + j * K,
+                                    rows, cols, K, block > 0);
+                    if (p->epilogue && block + 1 == blocks)
+                        p->epilogue(p, c + i * p->N + j0 + j, p->N, i, j0 + j, rows, cols);
                 }
+            }
+        }
+    }
+}
+
+enum { STRIP = 64, NC = 256 }; /* of K, and columns of C, at a time, where operands have 16 bits */
+
+/* Packs [K, cols <= NR] of a 16-bit B from element (k0, j0) on, as pack_panel does. */
+static void widen_panel(float *to, const operand *b, size_t k0, size_t j0, size_t K, size_t cols) {
+    const size_t width = panel_width(cols);
+    float strip[NR * STRIP];
+    for (size_t k = 0; !b->transposed && k < K; k++, to += width) {
+        load(b->block, position(b, k0 + k, j0), cols, to);
+        memset(to + cols, 0, (width - cols) * sizeof *to);
+    }
+    for (size_t k = 0; b->transposed && k < K; k += STRIP) {
+        const size_t n = min_size(STRIP, K - k);
+        for (size_t j = 0; j < cols; j++) load(b->block, position(b, k0 + k, j0 + j), n, strip + j * STRIP);
+        pack_panel(to + k * width, (matrix){strip, STRIP, 1}, n, cols);
+    }
+}
+
+/* With 16-bit operands and results. Sums stay in fp32 until they are complete: panels reach through all of K, and
+ * each thread adds up MC x nc elements of C at a time in a buffer of its own. */
+static void multiply_16(rt_rank *rank, const product *p, int threads) {
+    const size_t blocks = (p->K + KC - 1) / KC, kc = (p->K + blocks - 1) / blocks;
+    const size_t nc = min_size(min_size(round_up(p->N, NR), NC), PANELS / p->K / NR * NR + NR);
+    const size_t tiles = (p->M + MR - 1) / MR, a_count = MC * (kc + VL), each = a_count + MC * (nc + 1);
+    float *memory = scratch(rank, 2 * nc * p->K, each);
+    if (!memory) return;
+
+#pragma omp parallel num_threads(threads)
+    {
+        const size_t thread = (size_t)omp_get_thread_num(), n = (size_t)omp_get_num_threads();
+        const size_t i_begin = tiles * thread / n * MR;
+        const size_t i_end = min_size(tiles * (thread + 1) / n * MR, p->M);
+        float *packed = memory + 2 * nc * p->K + thread * each, *c = packed + a_count, *sums = c + MC * nc;
+        for (size_t j = 0, turn = 0; j < p->N; j += nc, turn ^= 1) {
+            float *panels = memory + turn * nc * p->K; /* two in turn, as above */
+            const size_t cols = min_size(nc, p->N - j);
+            for (size_t block = 0; block < blocks; block++) {
+                const size_t k = p->K * block / blocks, K = p->K * (block + 1) / blocks - k;
+                for (size_t q = thread * NR; q < cols; q += n * NR)
+                    widen_panel(panels + k * nc + q * K, &p->b, k, j + q, K, min_size(NR, cols - q));
+            }
+#pragma omp barrier
+            for (size_t i = i_begin; i < i_end; i += MC) {
+                const size_t rows = min_size(MC, i_end - i);
+                const int adds_up = p->sums.data && j == 0;
+                memset(sums, 0, rows * sizeof *sums);
+                for (size_t block = 0; block < blocks; block++) {
+                    const size_t k = p->K * block / blocks, K = p->K * (block + 1) / blocks - k;
+                    const matrix a = pack_rows(packed, &p->a, i, k, rows, K, adds_up ? sums : NULL);
+                    multiply_panels(c, nc, a, a.transposed ? K : a.ld, panels + k * nc, rows, cols, K,
+                                    block > 0);
+                }
+                if (p->epilogue) p->epilogue(p, c, nc, i, j, rows, cols);
+                store_rows(p->c, i * p->N + j, p->N, rows, cols, (float_rows){c, nc});
+                if (adds_up) store(p->sums, i, rows, sums);
             }
         }
     }
@@ -422,8 +553,9 @@ static void multiply_openblas(const product *p, int threads) {
         const size_t i = p->M * thread / n, rows = p->M * (thread + 1) / n - i;
         if (rows) {
             cblas_sgemm(CblasRowMajor, a_transposed, b_transposed, (blasint)rows, N, K, 1,
-                        part(p->a, i, 0).at, lda, p->b.at, ldb, 0, p->c + i * p->N, N);
-            if (p->epilogue) p->epilogue(p, i, 0, rows, p->N);
+                        in_place(&p->a, i, 0).at, lda, floats(p->b.block), ldb, 0, floats(p->c) + i * p->N,
+                        N);
+            if (p->epilogue) p->epilogue(p, floats(p->c) + i * p->N, p->N, i, 0, rows, p->N);
         }
     }
 }
@@ -433,77 +565,90 @@ static void multiply_openblas(const product *p, int threads) {}
 #endif
 
 /* sums [cols] = the sum over the rows of x [rows, cols] */
-static void sum_rows(rt_rank *rank, float *sums, const float *x, size_t rows, size_t cols) {
+static void sum_rows(rt_rank *rank, rt_block sums, rt_block x, size_t rows, size_t cols) {
     enum { COLS = 512 };
 #pragma omp parallel for num_threads(team(rank, 0.2 * rows * cols)) schedule(static)
     for (size_t j0 = 0; j0 < cols; j0 += COLS) {
         const size_t n = min_size(COLS, cols - j0);
-        memset(sums + j0, 0, n * sizeof *sums);
+        float wide_sum[COLS], wide[COLS], *sum = room(sums, j0, wide_sum);
+        memset(sum, 0, n * sizeof *sum);
         for (size_t i0 = 0; i0 < rows; i0 += ROWS) {
             float chunk[COLS] = {0};
-            for (size_t i = i0; i < min_size(i0 + ROWS, rows); i++)
+            for (size_t i = i0; i < min_size(i0 + ROWS, rows); i++) {
+                const float *row = load(x, i * cols + j0, n, wide);
 #pragma omp simd
-                for (size_t j = 0; j < n; j++) chunk[j] += x[i * cols + j0 + j];
+                for (size_t j = 0; j < n; j++) chunk[j] += row[j];
+            }
 #pragma omp simd
-            for (size_t j = 0; j < n; j++) sums[j0 + j] += chunk[j];
+            for (size_t j = 0; j < n; j++) sum[j] += chunk[j];
         }
+        store(sums, j0, n, sum);
     }
 }
 
+/* 16-bit operands are for our own product: OpenBLAS has none for them. */
 static void multiply(rt_rank *rank, const product *p) {
     const int threads = team(rank, (double)p->M * (double)p->N * (double)p->K / 40);
-    if (((cpu_state *)rank->device)->matmul == VIT_MATMUL_OWN) {
+    if (p->c.type != RT_FP32) {
+        multiply_16(rank, p, threads);
+    } else if (((cpu_state *)rank->device)->matmul == VIT_MATMUL_OWN) {
         multiply_own(rank, p, threads);
     } else {
         multiply_openblas(p, threads);
-        if (p->sums) sum_rows(rank, p->sums, p->a.at, p->K, p->M);
+        if (p->sums.data) sum_rows(rank, p->sums, p->a.block, p->K, p->M);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------- linear */
 
-static void add_bias(const product *p, size_t i0, size_t j0, size_t rows, size_t cols) {
-    const float *bias = p->bias + j0;
-    for (size_t i = i0; i < i0 + rows; i++) {
-        float *c = p->c + i * p->N + j0;
+/* Buffers of NC floats are for 16-bit blocks, of which there are never more columns at once. */
+static void add_bias(const product *p, float *c, size_t ldc, size_t i0, size_t j0, size_t rows, size_t cols) {
+    float wide[NC];
+    const float *bias = load(p->bias, j0, cols, wide);
+    for (size_t i = 0; i < rows; i++, c += ldc) {
 #pragma omp simd
         for (size_t j = 0; j < cols; j++) c[j] += bias[j];
     }
 }
 
-static void add_bias_then_gelu(const product *p, size_t i0, size_t j0, size_t rows, size_t cols) {
-    const float *bias = p->bias + j0;
-    for (size_t i = i0; i < i0 + rows; i++) {
-        float *pre = p->c + i * p->N + j0, *y = p->y + i * p->N + j0;
+static void add_bias_then_gelu(const product *p, float *pre, size_t ldc, size_t i0, size_t j0, size_t rows,
+                               size_t cols) {
+    float wide[NC], wide_y[NC];
+    const float *bias = load(p->bias, j0, cols, wide);
+    for (size_t i = i0; i < i0 + rows; i++, pre += ldc) {
+        float *y = room(p->y, i * p->N + j0, wide_y);
 #pragma omp simd
         for (size_t j = 0; j < cols; j++) {
             pre[j] += bias[j];
             float derivative;
             y[j] = gelu(pre[j], &derivative);
         }
+        store(p->y, i * p->N + j0, cols, y);
     }
 }
 
 /* ... and y = gelu(pre) once more, which costs little beside its derivative. */
-static void times_gelu_derivative(const product *p, size_t i0, size_t j0, size_t rows, size_t cols) {
-    for (size_t i = i0; i < i0 + rows; i++) {
-        float *c = p->c + i * p->N + j0, *y = p->y + i * p->N + j0;
-        const float *pre = p->pre + i * p->N + j0;
+static void times_gelu_derivative(const product *p, float *c, size_t ldc, size_t i0, size_t j0, size_t rows,
+                                  size_t cols) {
+    float wide[NC], wide_y[NC];
+    for (size_t i = i0; i < i0 + rows; i++, c += ldc) {
+        const float *pre = load(p->pre, i * p->N + j0, cols, wide);
+        float *y = room(p->y, i * p->N + j0, wide_y);
 #pragma omp simd
         for (size_t j = 0; j < cols; j++) {
             float derivative;
             y[j] = gelu(pre[j], &derivative);
             c[j] *= derivative;
         }
+        store(p->y, i * p->N + j0, cols, y);
     }
 }
 
 /* y = x w^T + b, or pre = x w^T + b, y = gelu(pre) */
 static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
                            size_t rows, size_t in, size_t out) {
-    product p = {rows,          out, in, {x.data, in, 0}, {w.data, in, 1}, .c = y.data, .epilogue = add_bias,
-                 .bias = b.data};
-    if (pre.data) p.c = pre.data, p.y = y.data, p.epilogue = add_bias_then_gelu;
+    product p = {rows, out, in, {x, in, 0}, {w, in, 1}, .c = y, .epilogue = add_bias, .bias = b};
+    if (pre.data) p.c = pre, p.y = y, p.epilogue = add_bias_then_gelu;
     multiply(s->rank, &p);
 }
 
@@ -511,10 +656,9 @@ static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, r
  * computes again, dx is that times gelu'(pre) */
 static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
-    const product weights = {
-        out, in, rows, {dy.data, out, 1}, {x.data, in, 0}, .c = dw.data, .sums = db.data};
-    product input = {rows, in, out, {dy.data, out, 0}, {w.data, in, 0}, .c = dx.data};
-    if (pre.data) input.pre = pre.data, input.y = x.data, input.epilogue = times_gelu_derivative;
+    const product weights = {out, in, rows, {dy, out, 1}, {x, in, 0}, .c = dw, .sums = db};
+    product input = {rows, in, out, {dy, out, 0}, {w, in, 0}, .c = dx};
+    if (pre.data) input.pre = pre, input.y = x, input.epilogue = times_gelu_derivative;
     if (dx.data) multiply(s->rank, &input);
     multiply(s->rank, &weights);
 }
@@ -523,11 +667,14 @@ static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db,
 
 static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block rstd, rt_block x_,
                               rt_block gamma_, rt_block beta_, size_t rows, size_t dim, double eps) {
-    const float *gamma = gamma_.data, *beta = beta_.data;
+    float *memory = scratch(s->rank, 2 * dim, 2 * dim);
+    if (!memory) return;
+    const float *gamma = load(gamma_, 0, dim, memory), *beta = load(beta_, 0, dim, memory + dim);
 #pragma omp parallel for num_threads(team(s->rank, 0.4 * rows * dim)) schedule(static)
     for (size_t i = 0; i < rows; i++) {
-        const float *x = floats(x_) + i * dim;
-        float *y = floats(y_) + i * dim, sum = 0, squares = 0;
+        float *wide = memory + 2 * dim * (1 + (size_t)omp_get_thread_num());
+        const float *x = load(x_, i * dim, dim, wide);
+        float *y = room(y_, i * dim, wide + dim), sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t j = 0; j < dim; j++) sum += x[j];
         const float m = sum / (float)dim;
@@ -536,6 +683,7 @@ static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block
         const float r = 1 / sqrtf(squares / (float)dim + (float)eps);
 #pragma omp simd
         for (size_t j = 0; j < dim; j++) y[j] = (x[j] - m) * r * gamma[j] + beta[j];
+        store(y_, i * dim, dim, y);
         floats(mean)[i] = m;
         floats(rstd)[i] = r;
     }
@@ -549,17 +697,20 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
                                rt_block gamma_, size_t B, size_t T, size_t Q, size_t dim) {
     enum { CHUNKS = 64 };
     const size_t rows = B * T, chunk = rows < ROWS * CHUNKS ? ROWS : (rows + CHUNKS - 1) / CHUNKS;
-    const float *gamma = gamma_.data;
-    float *sums = scratch(s->rank, 2 * dim * (CHUNKS + 1), 0); /* [chunk][dgamma, dbeta][dim], their sum */
+    /* [chunk][dgamma, dbeta][dim], their sum, gamma; of each thread dy, x, dx, residual */
+    float *sums = scratch(s->rank, dim * (2 * CHUNKS + 3), 4 * dim);
     if (!sums) return;
+    float *total = sums + 2 * dim * CHUNKS, *threads = total + 3 * dim;
+    const float *gamma = load(gamma_, 0, dim, total + 2 * dim);
 #pragma omp parallel for num_threads(team(s->rank, 0.5 * rows * dim)) schedule(static)
     for (size_t i0 = 0; i0 < rows; i0 += chunk) {
         float *dgamma = sums + i0 / chunk * 2 * dim, *dbeta = dgamma + dim;
         memset(dgamma, 0, 2 * dim * sizeof *dgamma);
         for (size_t i = i0; i < min_size(i0 + chunk, rows); i++) {
-            const float *dy = floats(dy_) + i * dim, *x = floats(x_) + i * dim;
+            float *wide = threads + 4 * dim * (size_t)omp_get_thread_num();
+            const float *dy = load(dy_, i * dim, dim, wide), *x = load(x_, i * dim, dim, wide + dim);
             const float m = floats(mean)[i], r = floats(rstd)[i];
-            float *dx = floats(dx_) + i * dim, sum_g = 0, sum_gn = 0;
+            float *dx = room(dx_, i * dim, wide + 2 * dim), sum_g = 0, sum_gn = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gn)
             for (size_t j = 0; j < dim; j++) {
                 const float n = (x[j] - m) * r, g = dy[j] * gamma[j];
@@ -570,18 +721,18 @@ static void layernorm_backward(rt_stream *s, rt_block dx_, rt_block dgamma_, rt_
             }
             const float mean_g = sum_g / (float)dim, mean_gn = sum_gn / (float)dim;
             if (residual_.data && i % T < Q)
-                memcpy(dx, floats(residual_) + (i / T * Q + i % T) * dim, dim * sizeof *dx);
+                memcpy(dx, load(residual_, (i / T * Q + i % T) * dim, dim, wide + 3 * dim), dim * sizeof *dx);
             else
                 memset(dx, 0, dim * sizeof *dx);
 #pragma omp simd
             for (size_t j = 0; j < dim; j++)
                 dx[j] += r * (dy[j] * gamma[j] - mean_g - (x[j] - m) * r * mean_gn);
+            store(dx_, i * dim, dim, dx);
         }
     }
-    float *total = sums + 2 * dim * CHUNKS;
-    sum_rows(s->rank, total, sums, (rows + chunk - 1) / chunk, 2 * dim);
-    memcpy(dgamma_.data, total, dim * sizeof *total);
-    memcpy(dbeta_.data, total + dim, dim * sizeof *total);
+    sum_rows(s->rank, float_block(total), float_block(sums), (rows + chunk - 1) / chunk, 2 * dim);
+    store(dgamma_, 0, dim, total);
+    store(dbeta_, 0, dim, total + dim);
 }
 
 /* ---------------------------------------------------------------------------------------------- attention */
@@ -597,25 +748,30 @@ static size_t attention_saved(size_t B, size_t T, size_t Q, size_t H, size_t hd)
 /* s = q k^T / sqrt(hd), p = softmax(s), out = p v */
 static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_block qkv, size_t B, size_t T,
                               size_t Q, size_t H, size_t hd) {
-    const size_t D = H * hd, ld = attention_ld(T), each = hd * ld + T * round_up(hd, VL);
+    const size_t D = H * hd, ld = attention_ld(T), each = hd * ld + T * round_up(hd, VL) + 4 * T * hd;
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
 #pragma omp parallel for num_threads(team(s->rank, 0.07 * B * T * Q * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
         const size_t b = pair / H, h = pair % H;
-        const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        float *o = floats(out) + b * Q * D + h * hd;
+        const size_t at = b * T * 3 * D + h * hd, out_at = b * Q * D + h * hd;
         float *kt_panels = memory + (size_t)omp_get_thread_num() * each, *v_panels = kt_panels + hd * ld;
-        pack_panels(kt_panels, (matrix){k, 3 * D, 1}, hd, T, 0, 1);
-        pack_panels(v_panels, (matrix){v, 3 * D, 0}, T, hd, 0, 1);
+        float *wide = v_panels + T * round_up(hd, VL); /* q, k, v, out, where they have 16 bits */
+        const float_rows q = load_rows(qkv, at, 3 * D, Q, hd, wide);
+        const float_rows k = load_rows(qkv, at + D, 3 * D, T, hd, wide + T * hd);
+        const float_rows v = load_rows(qkv, at + 2 * D, 3 * D, T, hd, wide + 2 * T * hd);
+        const float_rows o = room_for_rows(out, out_at, D, hd, wide + 3 * T * hd);
+        pack_panels(kt_panels, (matrix){k.at, k.ld, 1}, hd, T, 0, 1);
+        pack_panels(v_panels, (matrix){v.at, v.ld, 0}, T, hd, 0, 1);
         for (size_t i = 0; i < Q; i += MR) {
             const size_t rows = min_size(MR, Q - i);
             float *p = floats(saved) + (pair * Q + i) * ld;
-            multiply_panels(p, ld, (matrix){q + i * 3 * D, 3 * D, 0}, 0, kt_panels, rows, ld, hd, 0);
+            multiply_panels(p, ld, (matrix){q.at + i * q.ld, q.ld, 0}, 0, kt_panels, rows, ld, hd, 0);
             for (size_t r = 0; r < rows; r++) softmax(p + r * ld, T, scale);
-            multiply_panels(o + i * D, D, (matrix){p, ld, 0}, 0, v_panels, rows, hd, T, 0);
+            multiply_panels(o.at + i * o.ld, o.ld, (matrix){p, ld, 0}, 0, v_panels, rows, hd, T, 0);
         }
+        store_rows(out, out_at, D, Q, hd, o);
     }
 }
 
@@ -625,27 +781,34 @@ static void attention_forward(rt_stream *s, rt_block out, rt_block saved, rt_blo
 static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_block qkv, rt_block out,
                                rt_block saved, size_t B, size_t T, size_t Q, size_t H, size_t hd) {
     const size_t D = H * hd, ld = attention_ld(T), panels = T * round_up(hd, VL);
-    const size_t each = Q * ld + hd * ld + 3 * panels;
+    const size_t each = Q * ld + hd * ld + 3 * panels + 7 * T * hd;
     const float scale = 1 / sqrtf((float)hd);
     float *memory = scratch(s->rank, 0, each);
     if (!memory) return;
 #pragma omp parallel for num_threads(team(s->rank, 0.14 * B * T * Q * D)) schedule(static)
     for (size_t pair = 0; pair < B * H; pair++) {
         const size_t b = pair / H, h = pair % H;
-        const float *q = floats(qkv) + b * T * 3 * D + h * hd, *k = q + D, *v = k + D;
-        const float *d_o = floats(dout) + b * Q * D + h * hd, *p = floats(saved) + pair * Q * ld;
-        float *dq = floats(dqkv) + b * T * 3 * D + h * hd, *dk = dq + D, *dv = dk + D;
+        const size_t at = b * T * 3 * D + h * hd;
+        const float *p = floats(saved) + pair * Q * ld;
         float *ds = memory + (size_t)omp_get_thread_num() * each, *vt_panels = ds + Q * ld;
         float *k_panels = vt_panels + hd * ld, *q_panels = k_panels + panels, *do_panels = q_panels + panels;
-        pack_panels(vt_panels, (matrix){v, 3 * D, 1}, hd, T, 0, 1);
-        pack_panels(k_panels, (matrix){k, 3 * D, 0}, T, hd, 0, 1);
-        pack_panels(q_panels, (matrix){q, 3 * D, 0}, Q, hd, 0, 1);
-        pack_panels(do_panels, (matrix){d_o, D, 0}, Q, hd, 0, 1);
-        for (size_t i = Q; i < T; i++) memset(dq + i * 3 * D, 0, hd * sizeof *dq);
+        float *wide = do_panels + panels; /* what follows, [T, hd] each, where it has 16 bits */
+        const float_rows q = load_rows(qkv, at, 3 * D, Q, hd, wide);
+        const float_rows k = load_rows(qkv, at + D, 3 * D, T, hd, wide + T * hd);
+        const float_rows v = load_rows(qkv, at + 2 * D, 3 * D, T, hd, wide + 2 * T * hd);
+        const float_rows d_o = load_rows(dout, b * Q * D + h * hd, D, Q, hd, wide + 3 * T * hd);
+        const float_rows dq = room_for_rows(dqkv, at, 3 * D, hd, wide + 4 * T * hd);
+        const float_rows dk = room_for_rows(dqkv, at + D, 3 * D, hd, wide + 5 * T * hd);
+        const float_rows dv = room_for_rows(dqkv, at + 2 * D, 3 * D, hd, wide + 6 * T * hd);
+        pack_panels(vt_panels, (matrix){v.at, v.ld, 1}, hd, T, 0, 1);
+        pack_panels(k_panels, (matrix){k.at, k.ld, 0}, T, hd, 0, 1);
+        pack_panels(q_panels, (matrix){q.at, q.ld, 0}, Q, hd, 0, 1);
+        pack_panels(do_panels, (matrix){d_o.at, d_o.ld, 0}, Q, hd, 0, 1);
+        for (size_t i = Q; i < T; i++) memset(dq.at + i * dq.ld, 0, hd * sizeof(float));
         for (size_t i = 0; i < Q; i += MR) {
             const size_t rows = min_size(MR, Q - i);
-            multiply_panels(ds + i * ld, ld, (matrix){d_o + i * D, D, 0}, 0, vt_panels, rows, ld, hd,
-                            0); /* dp */
+            multiply_panels(ds + i * ld, ld, (matrix){d_o.at + i * d_o.ld, d_o.ld, 0}, 0, vt_panels, rows, ld,
+                            hd, 0); /* dp */
             for (size_t r = i; r < i + rows; r++) {
                 const float *pr = p + r * ld;
                 float *dsr = ds + r * ld, sum = 0;
@@ -654,10 +817,14 @@ static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_bl
 #pragma omp simd
                 for (size_t j = 0; j < ld; j++) dsr[j] = pr[j] * (dsr[j] - sum) * scale;
             }
-            multiply_panels(dq + i * 3 * D, 3 * D, (matrix){ds + i * ld, ld, 0}, 0, k_panels, rows, hd, T, 0);
+            multiply_panels(dq.at + i * dq.ld, dq.ld, (matrix){ds + i * ld, ld, 0}, 0, k_panels, rows, hd, T,
+                            0);
         }
-        multiply_panels(dv, 3 * D, (matrix){p, ld, 1}, 1, do_panels, T, hd, Q, 0);
-        multiply_panels(dk, 3 * D, (matrix){ds, ld, 1}, 1, q_panels, T, hd, Q, 0);
+        multiply_panels(dv.at, dv.ld, (matrix){p, ld, 1}, 1, do_panels, T, hd, Q, 0);
+        multiply_panels(dk.at, dk.ld, (matrix){ds, ld, 1}, 1, q_panels, T, hd, Q, 0);
+        store_rows(dqkv, at, 3 * D, T, hd, dq);
+        store_rows(dqkv, at + D, 3 * D, T, hd, dk);
+        store_rows(dqkv, at + 2 * D, 3 * D, T, hd, dv);
     }
 }
 
@@ -671,9 +838,11 @@ static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block br
         const size_t b = block / blocks, i0 = block % blocks * BLOCK, at = b * count + i0;
         const size_t n = min_size(BLOCK, count - i0);
         const double factor = rate > 0 ? vit_drop_path_factor(((uint64_t *)keys.data)[b], salt, rate) : 1;
-        const float *from = floats(branch) + at, *input = x.data ? floats(x) + b * x_stride + i0 : NULL;
+        float wide[3][BLOCK];
+        const float *from = load(branch, at, n, wide[0]);
+        const float *input = x.data ? load(x, b * x_stride + i0, n, wide[1]) : NULL;
         const float k = (float)factor;
-        float *to = floats(out) + at;
+        float *to = room(out, at, wide[2]);
         if (input) {
 #pragma omp simd
             for (size_t i = 0; i < n; i++) to[i] = input[i] + k * from[i];
@@ -681,6 +850,7 @@ static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block br
 #pragma omp simd
             for (size_t i = 0; i < n; i++) to[i] = k * from[i];
         }
+        store(out, at, n, to);
     }
 }
 
@@ -696,34 +866,39 @@ static void patchify_forward(rt_stream *s, rt_block patches, rt_block images, si
 #pragma omp parallel for num_threads(team(s->rank, 0.5 * patches.count)) schedule(static)
     for (size_t row = 0; row < B * down; row++) {
         const size_t b = row / down, top = row % down * P;
-        float *to = floats(patches) + row * across * C * P * P;
+        size_t to = row * across * C * P * P;
         for (size_t patch = 0; patch < across; patch++)
             for (size_t c = 0; c < C; c++)
                 for (size_t y = top; y < top + P; y++, to += P)
-                    memcpy(to, floats(images) + ((b * C + c) * height + y) * width + patch * P,
-                           P * sizeof *to);
+                    store(patches, to, P, floats(images) + ((b * C + c) * height + y) * width + patch * P);
     }
 }
 
 static void embedding_forward(rt_stream *s, rt_block out, rt_block x, rt_block cls, rt_block pos, size_t B,
                               size_t N, size_t D) {
+    float *memory = scratch(s->rank, 0, 3 * D);
+    if (!memory) return;
 #pragma omp parallel for num_threads(team(s->rank, 0.3 * out.count)) schedule(static)
     for (size_t row = 0; row < B * (N + 1); row++) {
         const size_t b = row / (N + 1), t = row % (N + 1);
-        const float *from = t ? floats(x) + (b * N + t - 1) * D : cls.data, *p = floats(pos) + t * D;
-        float *to = floats(out) + row * D;
+        float *wide = memory + 3 * D * (size_t)omp_get_thread_num();
+        const float *from = t ? load(x, (b * N + t - 1) * D, D, wide) : load(cls, 0, D, wide);
+        const float *p = load(pos, t * D, D, wide + D);
+        float *to = room(out, row * D, wide + 2 * D);
 #pragma omp simd
         for (size_t j = 0; j < D; j++) to[j] = from[j] + p[j];
+        store(out, row * D, D, to);
     }
 }
 
 /* out = (cls | x) + pos:  dpos = sum over images of dout, dcls = its first token, dx = dout of the others */
 static void embedding_backward(rt_stream *s, rt_block dx, rt_block dcls, rt_block dpos, rt_block dout,
                                size_t B, size_t N, size_t D) {
-    sum_rows(s->rank, dpos.data, dout.data, B, (N + 1) * D);
-    memcpy(dcls.data, dpos.data, D * sizeof(float));
+    const size_t row = D * rt_type_size(dout.type);
+    sum_rows(s->rank, dpos, dout, B, (N + 1) * D);
+    memcpy(dcls.data, dpos.data, row);
     for (size_t b = 0; b < B; b++)
-        memcpy(floats(dx) + b * N * D, floats(dout) + (b * (N + 1) + 1) * D, N * D * sizeof(float));
+        memcpy((char *)dx.data + b * N * row, (char *)dout.data + (b * (N + 1) + 1) * row, N * row);
 }
 
 /* --------------------------------------------------------------------------------------------------- loss */
@@ -731,9 +906,12 @@ static void embedding_backward(rt_stream *s, rt_block dx, rt_block dcls, rt_bloc
 /* loss = sum over classes of target (log(sum of exp(logits)) - logit), where the targets add up to 1 */
 static void cross_entropy_forward(rt_stream *s, rt_block losses, rt_block probabilities, rt_block logits,
                                   rt_block labels, size_t B, size_t V, double smoothing) {
+    float *wide = scratch(s->rank, 0, V);
+    if (!wide) return;
 #pragma omp parallel for num_threads(team(s->rank, 1.0 * B * V)) schedule(static)
     for (size_t b = 0; b < B; b++) {
-        const float *x = floats(logits) + b * V, most = largest(x, V);
+        const float *x = load(logits, b * V, V, wide + V * (size_t)omp_get_thread_num()),
+                    most = largest(x, V);
         const double own = (double)(x[((const int32_t *)labels.data)[b]] - most);
         const double log_sum =
             log((double)softmax(memcpy(floats(probabilities) + b * V, x, V * sizeof *x), V, 1));
@@ -749,14 +927,17 @@ static void cross_entropy_backward(rt_stream *s, rt_block dlogits, rt_block prob
                                    rt_block scalars, size_t B, size_t V, double smoothing, double scale) {
     if (scalars.data) scale *= ((const double *)scalars.data)[VIT_LOSS_SCALE];
     const double everywhere = smoothing / (double)V;
+    float *wide = scratch(s->rank, 0, V);
+    if (!wide) return;
 #pragma omp parallel for num_threads(team(s->rank, 0.3 * B * V)) schedule(static)
     for (size_t b = 0; b < B; b++) {
         const float *p = floats(probabilities) + b * V;
         const int32_t label = ((const int32_t *)labels.data)[b];
-        float *d = floats(dlogits) + b * V;
+        float *d = room(dlogits, b * V, wide + V * (size_t)omp_get_thread_num());
 #pragma omp simd
         for (size_t j = 0; j < V; j++) d[j] = (float)scale * (p[j] - (float)everywhere);
         d[label] = (float)(scale * ((double)p[label] - everywhere - (1 - smoothing)));
+        store(dlogits, b * V, V, d);
     }
 }
 
@@ -787,7 +968,7 @@ typedef struct {
 } optimizer_constants;
 
 /* Updates n elements, a multiple of VIT_ALIGNMENT, by vectors alone: no element is ever in a loop's
- * remainder. x: parameters, then the optimizer's state, then gradients. */
+ * remainder. x: parameters (their master), then the optimizer's state, then gradients. */
 typedef void optimizer_update(float *const *x, size_t n, const optimizer_constants *c);
 
 static void adamw_update(float *const *x, size_t n, const optimizer_constants *c) {
@@ -814,26 +995,34 @@ static void sgd_update(float *const *x, size_t n, const optimizer_constants *c) 
         }
 }
 
-/* Updates elements [first, last) of k arrays; what does not fill a vector at the end, in copies that do. */
-static void optimize(rt_rank *rank, float *const *x, size_t k, size_t first, size_t last,
-                     optimizer_update *update, const optimizer_constants *c) {
+/* Updates elements [first, last): x[0] of the parameters, x[1 .. k - 2] of the optimizer's state. What does not fill
+ * a vector at the end, in copies that do. */
+static void optimize(rt_rank *rank, rt_block param, float *const *x, size_t k, rt_block grad, size_t first,
+                     size_t last, optimizer_update *update, const optimizer_constants *c) {
     const size_t whole = last - (last - first) % VIT_ALIGNMENT;
 #pragma omp parallel for num_threads(team(rank, 1.0 * (last - first))) schedule(static)
     for (size_t i = first; i < whole; i += BLOCK) {
-        float *at[4];
-        for (size_t a = 0; a < k; a++) at[a] = x[a] + i;
-        update(at, min_size(BLOCK, whole - i), c);
+        const size_t n = min_size(BLOCK, whole - i);
+        float *at[4], wide[BLOCK];
+        for (size_t a = 0; a < k - 1; a++) at[a] = x[a] + i;
+        at[k - 1] = (float *)load(grad, i, n, wide);
+        update(at, n, c);
+        store(param, i, n, at[0]);
     }
-    float copy[4][VIT_ALIGNMENT] = {{0}}, *const copies[4] = {copy[0], copy[1], copy[2], copy[3]};
-    for (size_t a = 0; a < k; a++) memcpy(copy[a], x[a] + whole, (last - whole) * sizeof(float));
+    float wide[VIT_ALIGNMENT], copy[4][VIT_ALIGNMENT] = {{0}};
+    float *const copies[4] = {copy[0], copy[1], copy[2], copy[3]};
+    const size_t rest = last - whole;
+    for (size_t a = 0; a < k - 1; a++) memcpy(copy[a], x[a] + whole, rest * sizeof(float));
+    memcpy(copy[k - 1], load(grad, whole, rest, wide), rest * sizeof(float));
     update(copies, VIT_ALIGNMENT, c);
-    for (size_t a = 0; a < k - 1; a++) memcpy(x[a] + whole, copy[a], (last - whole) * sizeof(float));
+    for (size_t a = 0; a < k - 1; a++) memcpy(x[a] + whole, copy[a], rest * sizeof(float));
+    store(param, whole, rest, copy[0]);
 }
 
 static void adamw(rt_stream *s, rt_block param, rt_block master, rt_block exp_avg, rt_block exp_avg_sq,
                   rt_block grad, rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o) {
     const double *d = scalars.data, lr = rate * d[VIT_LEARNING_RATE];
-    float *const x[] = {param.data, exp_avg.data, exp_avg_sq.data, grad.data};
+    float *const x[] = {master.data ? master.data : param.data, exp_avg.data, exp_avg_sq.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
                              .step = (float)(lr / d[VIT_BIAS_CORRECTION1]),
                              .keep = (float)(1 - lr * o->weight_decay),
@@ -843,23 +1032,23 @@ static void adamw(rt_stream *s, rt_block param, rt_block master, rt_block exp_av
                              .root_correction2 = (float)sqrt(d[VIT_BIAS_CORRECTION2]),
                              .eps = (float)o->eps};
     if (d[VIT_GRADIENT_FACTOR] == 0) return;
-    optimize(s->rank, x, 4, 0, decayed, adamw_update, &c);
+    optimize(s->rank, param, x, 4, grad, 0, decayed, adamw_update, &c);
     c.keep = 1;
-    optimize(s->rank, x, 4, decayed, param.count, adamw_update, &c);
+    optimize(s->rank, param, x, 4, grad, decayed, param.count, adamw_update, &c);
 }
 
 static void sgd(rt_stream *s, rt_block param, rt_block master, rt_block momentum, rt_block grad,
                 rt_block scalars, size_t decayed, double rate, const vit_sgd_options *o) {
     const double *d = scalars.data;
-    float *const x[] = {param.data, momentum.data, grad.data};
+    float *const x[] = {master.data ? master.data : param.data, momentum.data};
     optimizer_constants c = {.factor = (float)d[VIT_GRADIENT_FACTOR],
                              .step = (float)(rate * d[VIT_LEARNING_RATE]),
                              .decay = (float)o->weight_decay,
                              .momentum = (float)o->momentum};
     if (d[VIT_GRADIENT_FACTOR] == 0) return;
-    optimize(s->rank, x, 3, 0, decayed, sgd_update, &c);
+    optimize(s->rank, param, x, 3, grad, 0, decayed, sgd_update, &c);
     c.decay = 0;
-    optimize(s->rank, x, 3, decayed, param.count, sgd_update, &c);
+    optimize(s->rank, param, x, 3, grad, decayed, param.count, sgd_update, &c);
 }
 
 /* Adds the squares of VIT_GRANULE floats, each of which is exact in double, to the counters. */
@@ -882,17 +1071,21 @@ static inline void count_granule(int64_t *counters, const float *x) {
     at[1] += (int64_t)(significand >> 26);
 }
 
-static void sum_of_squares(rt_stream *s, rt_block counters, rt_block x_) {
-    const float *x = x_.data;
-    const size_t whole = x_.count / VIT_GRANULE * VIT_GRANULE;
-    float rest[VIT_GRANULE] = {0};
-    memcpy(rest, x + whole, (x_.count - whole) * sizeof *x);
+static void sum_of_squares(rt_stream *s, rt_block counters, rt_block x) {
+    const size_t whole = x.count / VIT_GRANULE * VIT_GRANULE;
+    float rest[VIT_GRANULE] = {0}, wide_rest[VIT_GRANULE];
+    memcpy(rest, load(x, whole, x.count - whole, wide_rest), (x.count - whole) * sizeof *rest);
     count_granule(counters.data, rest);
-#pragma omp parallel num_threads(team(s->rank, 0.5 * x_.count))
+#pragma omp parallel num_threads(team(s->rank, 0.5 * x.count))
     {
         int64_t mine[VIT_NORM_COUNTERS] = {0};
+        float wide[BLOCK];
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < whole; i += VIT_GRANULE) count_granule(mine, x + i);
+        for (size_t i = 0; i < whole; i += BLOCK) {
+            const size_t n = min_size(BLOCK, whole - i);
+            const float *from = load(x, i, n, wide);
+            for (size_t j = 0; j < n; j += VIT_GRANULE) count_granule(mine, from + j);
+        }
         for (size_t i = 0; i < VIT_NORM_COUNTERS; i++)
             if (mine[i]) {
 #pragma omp atomic
@@ -922,39 +1115,55 @@ static void gradient_factor(rt_stream *s, rt_block scalars_, rt_block counters_,
 static void fill(rt_stream *s, rt_block x, int byte) { memset(x.data, byte, x.count * rt_type_size(x.type)); }
 
 static void cast(rt_stream *s, rt_block to, rt_block from) {
-    const size_t to_size = rt_type_size(to.type), from_size = rt_type_size(from.type);
 #pragma omp parallel for num_threads(team(s->rank, 0.4 * to.count)) schedule(static)
     for (size_t i = 0; i < to.count; i += BLOCK) {
         const size_t n = min_size(BLOCK, to.count - i);
-        void *out = (char *)to.data + i * to_size;
-        const void *in = (const char *)from.data + i * from_size;
         float wide[BLOCK];
-        if (to.type == from.type) {
-            memcpy(out, in, n * to_size);
-        } else {
-            if (from.type != RT_FP32) rt_widen(to.type == RT_FP32 ? out : wide, in, n, from.type);
-            if (to.type != RT_FP32) rt_narrow(out, from.type == RT_FP32 ? in : wide, n, to.type);
-        }
+        store(to, i, n, load(from, i, n, wide));
     }
 }
 
 static void add(rt_stream *s, rt_block x, rt_block y) {
-    float *to = x.data;
-    const float *from = y.data;
 #pragma omp parallel for num_threads(team(s->rank, 0.4 * x.count)) schedule(static)
-    for (size_t i = 0; i < x.count; i += BLOCK)
+    for (size_t i = 0; i < x.count; i += BLOCK) {
+        const size_t n = min_size(BLOCK, x.count - i);
+        float wide_x[BLOCK], wide_y[BLOCK], *to = (float *)load(x, i, n, wide_x);
+        const float *from = load(y, i, n, wide_y);
 #pragma omp simd
-        for (size_t j = i; j < min_size(i + BLOCK, x.count); j++) to[j] += from[j];
+        for (size_t j = 0; j < n; j++) to[j] += from[j];
+        store(x, i, n, to);
+    }
+}
+
+/* 16-bit numbers, several of which are added up in fp32. */
+static void sum_buffers_16(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from,
+                           size_t n_from) {
+#pragma omp parallel for num_threads(team(s->rank, 0.1 * from->count * (n_to + n_from))) schedule(static)
+    for (size_t at = 0; at < from->count; at += BLOCK) {
+        float sum[BLOCK], wide[BLOCK];
+        const size_t n = min_size(BLOCK, from->count - at);
+        load(from[0], at, n, sum);
+        for (size_t k = 1; k < n_from; k++) {
+            const float *x = load(from[k], at, n, wide);
+#pragma omp simd
+            for (size_t j = 0; j < n; j++) sum[j] += x[j];
+        }
+        for (size_t k = 0; k < n_to; k++) store(to[k], at, n, sum);
+    }
 }
 
 /* Sums block by block: each is complete before any `to` is written, which may be one of `from`. */
 static void sum_buffers(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from) {
     const size_t bytes = from->count * rt_type_size(from->type);
+    if (n_from > 1 && rt_type_size(from->type) == 2) {
+        sum_buffers_16(s, to, n_to, from, n_from);
+        return;
+    }
 #pragma omp parallel for num_threads(team(s->rank, 0.05 * bytes * (n_to + n_from))) schedule(static)
     for (size_t at = 0; at < bytes; at += BLOCK) {
         union {
             float f[BLOCK / sizeof(float)];
-            int64_t i[BLOCK / sizeof(int64_t)];
+            uint64_t i[BLOCK / sizeof(uint64_t)]; /* sums wrap */
         } sum;
         const size_t n = min_size(BLOCK, bytes - at);
         memcpy(&sum, (char *)from->data + at, n);
@@ -965,7 +1174,7 @@ static void sum_buffers(rt_stream *s, const rt_block *to, size_t n_to, const rt_
                 for (size_t j = 0; j < n / sizeof(float); j++) sum.f[j] += ((const float *)x)[j];
             else
 #pragma omp simd
-                for (size_t j = 0; j < n / sizeof(int64_t); j++) sum.i[j] += ((const int64_t *)x)[j];
+                for (size_t j = 0; j < n / sizeof(uint64_t); j++) sum.i[j] += ((const uint64_t *)x)[j];
         }
         for (size_t k = 0; k < n_to; k++) memcpy((char *)to[k].data + at, &sum, n);
     }
@@ -1012,7 +1221,7 @@ static void cpu_close(rt_rank *rank) {
 
 /* clang-format off */
 const vit_device vit_cpu = {
-    .name = "cpu", .types = 1u << RT_FP32, .open = cpu_open, .close = cpu_close,
+    .name = "cpu", .types = 1u << RT_FP32 | 1u << RT_BF16 | 1u << RT_FP16, .open = cpu_open, .close = cpu_close,
     .copy_in = copy_in, .copy_out = copy_out,
     .linear_forward = linear_forward,               .linear_backward = linear_backward,
     .layernorm_forward = layernorm_forward,         .layernorm_backward = layernorm_backward,

@@ -89,6 +89,17 @@ static inline int directory_sync(const char *path, error_text *e) {
     return failed ? -1 : 0;
 }
 
+/* Puts the entry of a path in its directory on disk. */
+static inline int directory_sync_parent(const char *path, error_text *e) {
+    char directory[4096];
+    if (snprintf(directory, sizeof directory, "%s", path) >= (int)sizeof directory)
+        return error_set(e, "%.64s: found a path of %zu bytes, expected fewer than %zu", path, strlen(path),
+                         sizeof directory);
+    char *slash = strrchr(directory, '/');
+    if (slash) slash[slash == directory] = 0; /* "/" stays "/" */
+    return directory_sync(slash ? directory : ".", e);
+}
+
 /* Makes a directory and those above it, as mkdir -p does; one that is there already is fine. */
 static inline int directory_make(const char *path, error_text *e) {
     char part[4096];
@@ -101,9 +112,11 @@ static inline int directory_make(const char *path, error_text *e) {
         memcpy(part, path, i);
         part[i] = 0;
         struct stat status;
-        if (mkdir(part, 0777) == 0 ||
-            (errno == EEXIST && stat(part, &status) == 0 && S_ISDIR(status.st_mode)))
+        if (mkdir(part, 0777) == 0) {
+            if (directory_sync_parent(part, e)) return -1;
             continue;
+        }
+        if (errno == EEXIST && stat(part, &status) == 0 && S_ISDIR(status.st_mode)) continue;
         return error_set(e, "%s: cannot be made a directory: %s", part, strerror(errno));
     }
     return 0;
@@ -111,7 +124,7 @@ static inline int directory_make(const char *path, error_text *e) {
 
 /* Replaces the content of a file, or makes the file: all of it or, on failure, nothing. */
 static inline int file_write_atomic(const char *path, const void *bytes, size_t size, error_text *e) {
-    char beside[4096], directory[4096];
+    char beside[4096];
     if (snprintf(beside, sizeof beside, "%s.tmp", path) >= (int)sizeof beside)
         return error_set(e, "%.64s: found a path of %zu bytes, expected fewer than %zu", path, strlen(path),
                          sizeof beside - 4);
@@ -128,10 +141,7 @@ static inline int file_write_atomic(const char *path, const void *bytes, size_t 
         unlink(beside);
         return -1;
     }
-    snprintf(directory, sizeof directory, "%s", path);
-    char *slash = strrchr(directory, '/');
-    if (slash) slash[slash == directory] = 0; /* "/" stays "/" */
-    return directory_sync(slash ? directory : ".", e);
+    return directory_sync_parent(path, e);
 }
 
 #endif

@@ -1,7 +1,7 @@
 /* metrics.h - what a run reports: the scores of a classifier, and metrics.jsonl.
  *
  *     metrics_file log;
- *     if (metrics_open(&log, "runs/a/metrics.jsonl", &e)) ...
+ *     if (metrics_open(&log, "runs/a/metrics.jsonl", SIZE_MAX, NULL, &e)) ...
  *     cJSON *line = metrics_line("step");
  *     metrics_add(line, "train_loss", loss);      // 9 significant digits: a float survives the round trip
  *     if (metrics_write(&log, line, &e)) ...      // one line, flushed; frees it
@@ -10,8 +10,7 @@
 #ifndef IO_METRICS_H
 #define IO_METRICS_H
 
-#include <errno.h>
-
+#include "io/file.h"
 #include "io/json.h"
 
 /* ------------------------------------------------------------------------------------------------- scores */
@@ -64,15 +63,31 @@ static inline scores score_result(const score_counts *s, size_t classes) {
 /* ------------------------------------------------------------------------------------------ metrics.jsonl */
 
 typedef struct metrics_file {
-    FILE *file;
+    int fd;        /* -1: closed */
+    size_t length; /* of its whole lines */
     char path[4096];
 } metrics_file;
 
-/* Makes the file, or appends to it. */
-static inline int metrics_open(metrics_file *m, const char *path, error_text *e) {
+/* Makes the file, or appends to it behind `length` bytes; what follows those is cut off, all but a line that
+ * begins with `kept` (or NULL). SIZE_MAX: behind all of it. */
+static inline int metrics_open(metrics_file *m, const char *path, size_t length, const char *kept,
+                               error_text *e) {
+    char line[1024] = {0};
+    struct stat status;
     snprintf(m->path, sizeof m->path, "%s", path);
-    m->file = fopen(path, "a");
-    return m->file ? 0 : error_set(e, "%s: cannot be written: %s", path, strerror(errno));
+    m->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (m->fd < 0 || fstat(m->fd, &status))
+        return error_set(e, "%s: cannot be written: %s", path, strerror(errno));
+    m->length = length < SIZE_MAX ? length : (size_t)status.st_size;
+    if (m->length > (size_t)status.st_size)
+        return error_set(e, "%s: found %lld bytes, expected the %zu that the checkpoint tells of", path,
+                         (long long)status.st_size, length);
+    ssize_t got = pread(m->fd, line, sizeof line - 1, (off_t)m->length);
+    char *end = got > 0 ? strchr(line, '\n') : NULL;
+    if (kept && end && !strncmp(line, kept, strlen(kept))) m->length += (size_t)(end - line) + 1;
+    if ((size_t)status.st_size > m->length && ftruncate(m->fd, (off_t)m->length))
+        return error_set(e, "%s: cannot be cut: %s", path, strerror(errno));
+    return 0;
 }
 
 static inline cJSON *metrics_line(const char *event) {
@@ -98,18 +113,24 @@ static inline void metrics_add_count(cJSON *line, const char *key, uint64_t valu
     cJSON_AddRawToObject(line, key, text);
 }
 
-/* Writes the object as one line, whole or not at all for a reader that waits for line ends, and frees it. */
+/* Writes the object as one line, whole or not at all, and frees it: a line that the disk has no room for is cut
+ * off again. */
 static inline int metrics_write(metrics_file *m, cJSON *line, error_text *e) {
     char *text = cJSON_PrintUnformatted(line);
     cJSON_Delete(line);
-    int failed = !text || fprintf(m->file, "%s\n", text) < 0 || fflush(m->file);
+    size_t size = text ? strlen(text) + 1 : 0;
+    if (text) text[size - 1] = '\n';
+    int failed = text ? file_write_at(m->fd, text, size, m->length, m->path, e)
+                      : error_set(e, "%s: out of memory", m->path);
     free(text);
-    return failed ? error_set(e, "%s: cannot be written: %s", m->path, strerror(errno)) : 0;
+    if (failed && ftruncate(m->fd, (off_t)m->length)) m->length = (size_t)lseek(m->fd, 0, SEEK_END);
+    if (!failed) m->length += size;
+    return failed;
 }
 
 static inline void metrics_close(metrics_file *m) {
-    if (m->file) fclose(m->file);
-    m->file = NULL;
+    if (m->fd >= 0) close(m->fd);
+    m->fd = -1;
 }
 
 #endif

@@ -53,8 +53,9 @@ typedef struct {
     const char *value_name; /* what stands for the value in the help: "DIR" */
     const char *help;       /* what it is, with its unit */
     bool not_built_yet;
-    bool of_one_run; /* not taken over from what another run wrote */
-    bool is_config;  /* names the file to read further options from */
+    bool of_one_run;  /* not taken over from what another run wrote */
+    bool of_training; /* stays what it is when a training is resumed */
+    bool is_config;   /* names the file to read further options from */
 } option;
 
 typedef struct {
@@ -328,6 +329,29 @@ static inline cJSON *options_to_json(const option_table *table, const void *valu
     if (fine) return object;
     cJSON_Delete(object);
     return NULL;
+}
+
+/* Is every option that a training keeps what a run wrote down as `written`, in the file `path`? The first that
+ * differs is an error. An option that the file does not have is passed over. */
+static inline int options_same_training(const option_table *table, const void *values, const cJSON *written,
+                                        const char *path, error_text *e) {
+    for (const option *o = table->options; o < table->options + table->count; o++) {
+        const cJSON *has = cJSON_GetObjectItemCaseSensitive(written, o->name);
+        if (!o->of_training || !has) continue;
+        cJSON *json = option_to_json(table, o, values);
+        char *text = cJSON_PrintUnformatted(json), *found = cJSON_PrintUnformatted(has);
+        cJSON *wants = text ? cJSON_Parse(text) : NULL;
+        int same = wants && cJSON_Compare(wants, has, 1);
+        if (!same)
+            error_set(e, "%s: found %s %s, asked for is %s: a training that is resumed keeps its --%s", path,
+                      o->name, found ? quote(found, SIZE_MAX).text : "", text ? text : "", o->name);
+        cJSON_Delete(json);
+        cJSON_Delete(wants);
+        free(text);
+        free(found);
+        if (!same) return -1;
+    }
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------ reading */

@@ -195,7 +195,12 @@ static inline int st_check_layout(safetensors *f, size_t data, error_text *e) {
                             t->offset > data ? "there is a hole" : "it overlaps another tensor");
     }
     if (data == f->size) return 0;
-    return error_set(e, "%s: found a file of %zu bytes, expected %zu by its header", f->path, f->size, data);
+    size_t i = 0; /* the first tensor that the file does not hold whole */
+    while (i < f->count && f->tensors[i].offset + f->tensors[i].size <= f->size) i++;
+    return error_set(e, "%s: found a file of %zu bytes, expected %zu by its header%s%s%s", f->path, f->size,
+                     data, i < f->count ? ": tensor '" : "",
+                     i < f->count ? quote(f->tensors[i].name, SIZE_MAX).text : "",
+                     i < f->count ? "' is not whole" : "");
 }
 
 static inline int st_too_short(const char *path, size_t size, error_text *e) {

@@ -2,9 +2,10 @@
 
     python tests/bench_pytorch.py [--rounds N] [--steps N] [CONFIGURATION ...]   # or: make bench-pytorch
 
-A configuration is MODEL:BATCH:RANKS, say vit_tiny_patch16_224:8:1, with the batch of all ranks together. One
-rank has THREADS threads; two or more (ddp on threads of ./train, DistributedDataParallel over gloo between
-processes of PyTorch) have one each. PyTorch computes eagerly and with torch.compile, with fused AdamW.
+A configuration is MODEL:BATCH:RANKS[:STRATEGY], say vit_tiny_patch16_224:8:1, with the batch of all ranks
+together. One rank has THREADS threads; two or more, which are threads of ./train and processes of PyTorch
+over gloo, have one each. ddp is compared with DistributedDataParallel, eager and with torch.compile; zero3 with
+fully_shard (FSDP2), each block a group of its own, then the rest. PyTorch has fused AdamW.
 
 In each round every side makes the same steps from the same weights; the first WARM_UP do not count, of the
 others the median does. The sides of PyTorch are processes that wait at a pipe while another side runs.
@@ -22,7 +23,8 @@ import tempfile
 from pathlib import Path
 
 CONFIGURATIONS = ["vit_tiny_patch16_224:8:1", "vit_small_patch16_224:8:1", "vit_base_patch32_224:16:1",
-                  "vit_base_patch16_224:4:1", "vit_tiny_patch16_224:8:2", "vit_base_patch32_224:16:2"]
+                  "vit_base_patch16_224:4:1", "vit_tiny_patch16_224:8:2", "vit_base_patch32_224:16:2",
+                  "vit_tiny_patch16_224:8:2:zero3", "vit_base_patch32_224:16:2:zero3"]
 THREADS = 2  # of one rank, or ranks of one thread each
 WARM_UP = 2
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
@@ -82,24 +84,32 @@ def worker(name, batch, ranks, rank, steps, mode, folder):
     from timm.optim import param_groups_weight_decay
     torch.set_num_threads(1 if ranks > 1 else THREADS)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).train()
-    initial = {key: value.clone() for key, value in model.state_dict().items()}
-    groups = param_groups_weight_decay(model, WEIGHT_DECAY, model.no_weight_decay())
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     images, labels = synthetic_images(steps * batch, model.num_classes, 224)
-    images, labels = images[rank::ranks].contiguous(), labels[rank::ranks].contiguous()
-    forward = model
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/gloo-{mode}",
                                              world_size=ranks, rank=rank)
+    if mode == "fsdp":
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
+        for block in model.blocks:
+            torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+    local = [(p.to_local() if mode == "fsdp" else p).detach() for p in model.parameters()]  # shards, or whole
+    initial = [p.clone() for p in local]
+    groups = param_groups_weight_decay(model, WEIGHT_DECAY, model.no_weight_decay())
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+    images, labels = images[rank::ranks].contiguous(), labels[rank::ranks].contiguous()
+    forward = model
+    if ranks > 1 and mode != "fsdp":
         forward = torch.nn.parallel.DistributedDataParallel(model)
     if mode == "compile":
         forward = torch.compile(forward)
     loss_function = torch.nn.CrossEntropyLoss()
     for _ in sys.stdin:
-        model.load_state_dict(initial)
+        for p, value in zip(local, initial):
+            p.copy_(value)
         optimizer.state.clear()
-        losses, seconds, local = [], [], batch // ranks
-        for x, y in zip(images.split(local), labels.split(local)):
+        losses, seconds = [], []
+        for x, y in zip(images.split(batch // ranks), labels.split(batch // ranks)):
             start = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
             loss = loss_function(forward(x), y)
@@ -140,14 +150,14 @@ class PyTorch:
 
 
 class Train:
-    def __init__(self, name, batch, ranks, steps, folder):
+    def __init__(self, name, batch, ranks, strategy, steps, folder):
         self.output = Path(folder) / "output"
         self.command = [ROOT / "train", "--pretrained", folder, "--dataset", "synthetic", "--no-shuffle",
                         "--augmentation", "none", "--mean", "0.5", "--std", "0.5", "--limit-train", batch * steps,
                         "--limit-val", batch, "--batch-size", batch // ranks, "--max-steps", steps,
                         "--nproc-per-node", ranks, "--threads-per-rank", 1 if ranks > 1 else THREADS,
                         "--scheduler", "constant", "--warmup-steps", 0, "--learning-rate", LEARNING_RATE,
-                        "--weight-decay", WEIGHT_DECAY, "--quiet", "--output-dir", self.output]
+                        "--weight-decay", WEIGHT_DECAY, "--strategy", strategy, "--quiet", "--output-dir", self.output]
 
     def run(self):
         shutil.rmtree(self.output, ignore_errors=True)
@@ -169,13 +179,15 @@ class Train:
 
 def compare(configuration, rounds, steps, modes):
     """Prints each round and the medians; returns the lines of the summary."""
-    name, batch, ranks = configuration.split(":")
+    name, batch, ranks, *strategy = configuration.split(":")
     batch, ranks = int(batch), int(ranks)
+    strategy = strategy[0] if strategy else "ddp" if ranks > 1 else "single"
     threads = 1 if ranks > 1 else THREADS
-    print(f"{name}, global batch {batch}, {ranks} x {threads} threads")
+    modes = modes or (["fsdp"] if strategy == "zero3" else ["eager", "compile"])
+    print(f"{name}, global batch {batch}, {strategy}, {ranks} x {threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "--weights", name, folder], check=True)
-        sides = {"train": Train(name, batch, ranks, steps, folder)}
+        sides = {"train": Train(name, batch, ranks, strategy, steps, folder)}
         sides |= {mode: PyTorch(name, batch, ranks, steps, mode, folder) for mode in modes}
         times, memory, worst = {side: [] for side in sides}, {}, 0
         for side in modes:  # compilation, memory
@@ -195,7 +207,7 @@ def compare(configuration, rounds, steps, modes):
     summary = []
     for mode in modes:
         ratios = sorted(a / b for a, b in zip(times[mode], times["train"]))
-        summary.append(f"{configuration:28} {mode:8} / train {statistics.median(ratios):.3f} "
+        summary.append(f"{configuration:31} {mode:8} / train {statistics.median(ratios):.3f} "
                        f"({ratios[0]:.3f} to {ratios[-1]:.3f}, {rounds} rounds)   memory "
                        f"{1e-9 * memory['train']:.3f} GB, PyTorch {1e-9 * memory[mode]:.3f} GB")
     print("\n".join(summary))
@@ -214,12 +226,13 @@ def main():
     parser = argparse.ArgumentParser(description="./train against PyTorch")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6, help=f"of a round, of which {WARM_UP} do not count")
-    parser.add_argument("--modes", default="eager,compile", help="of PyTorch")
-    parser.add_argument("configurations", nargs="*", metavar="MODEL:BATCH:RANKS", default=CONFIGURATIONS)
+    parser.add_argument("--modes", help="of PyTorch: eager,compile, for zero3 fsdp, unless it is given")
+    parser.add_argument("configurations", nargs="*", metavar="MODEL:BATCH:RANKS[:STRATEGY]",
+                        default=CONFIGURATIONS)
     o = parser.parse_args()
     summary = []
     for configuration in o.configurations:
-        summary += compare(configuration, o.rounds, o.steps, o.modes.split(","))
+        summary += compare(configuration, o.rounds, o.steps, o.modes and o.modes.split(","))
     print("\n".join(["", "time of PyTorch / time of ./train, median of the rounds' ratios", *summary]))
 
 

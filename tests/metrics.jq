@@ -16,7 +16,7 @@ def expected: {
     memory: (["rank", "total_peak_bytes"] + memory_keys | join(" ")),
     communication: "rank op calls_per_step elements_per_step wire_bytes_per_step",
     checkpoint: "step path seconds",
-    end: "steps seconds images_per_s best_val_accuracy"} | map_values(. / " ");
+    end: "steps seconds images_per_s best_val_accuracy resident_peak_bytes"} | map_values(. / " ");
 
 . as $lines
 | def lines($event): $lines | map(select(.event == $event));
@@ -83,27 +83,38 @@ check([$epochs[].epoch] == [range($T / $per_epoch | ceil)]; "numbers of the epoc
 ($epochs[] | select($o["log-interval"] == 1) | .epoch as $e
     | check(near(.train_loss; [$steps[] | select(.epoch == $e).train_loss] | mean); "loss of epoch \($e)")),
 
-# memory, traffic
-check([$memory[].rank] == [range($N)]; "ranks of memory"),
+# memory, traffic: what a stage of ZeRO keeps in N shards; P: bytes of all parameters, padding included
+({zero1: 1, zero2: 2, zero3: 3}[$o.strategy] // 0) as $stage
+| ($o["gradient-reduction"] == "every") as $every
+| ($stage >= 2 and ($every or $M == 1)) as $cut_gradients
+| ($memory[0].parameters_bytes * (if $stage == 3 then $N else 1 end)) as $P
+| (check([$memory[].rank] == [range($N)]; "ranks of memory"),
 ($memory[] | . as $m | memory_keys[] | select(endswith("_peak_bytes"))
     | check($m[.] >= $m[sub("_peak"; "")]; "\(.) of rank \($m.rank) below what is in use")),
 ($memory[] | check(.total_peak_bytes >= .parameters_bytes + .gradients_bytes + .optimizer_bytes
-    and .parameters_bytes >= 4 * $start.parameters and .gradients_bytes >= 4 * $start.parameters;
+    and $P >= 4 * $start.parameters and .gradients_bytes >= $P / (if $cut_gradients then $N else 1 end);
     "memory of rank \(.rank)")),
 ($memory[]
     | (if $o.strategy == "dp" and .rank > 0 then 0 elif $o.optimizer == "sgd" then 1 else 2 end) as $states
-    | check(.optimizer_bytes == $states * .parameters_bytes; "optimizer's memory of rank \(.rank)")),
-({single: ["control"], dp: ["broadcast", "control", "reduce"], ddp: ["all_reduce", "control"]} as $ops
+    | check(.optimizer_bytes == $states * $P / (if $stage > 0 then $N else 1 end);
+        "optimizer's memory of rank \(.rank)")),
+(({single: ["control"], dp: ["broadcast", "control", "reduce"], ddp: ["all_reduce", "control"]}[$o.strategy]
+    // ["all_gather", "control", "reduce_scatter"]) as $ops
     | range($N) as $r | [$traffic[] | select(.rank == $r).op] | sort
-    | check(. == $ops[$o.strategy]; "operations of rank \($r): \(.)")),
-($traffic[] | {all_reduce: (2 * ($N - 1) / $N), control: (2 * ($N - 1) / $N * 2), # integers of 8 bytes
+    | check(. == $ops; "operations of rank \($r): \(.)")),
+($traffic[] | {all_reduce: (2 * ($N - 1) / $N), all_gather: (($N - 1) / $N),
+               reduce_scatter: (($N - 1) / $N), control: (2 * ($N - 1) / $N * 2), # integers of 8 bytes
                reduce: (if .rank == 0 then 0 else 1 end),
                broadcast: (if .rank == 0 then $N - 1 else 0 end)}[.op] as $share
     | check((.wire_bytes_per_step - $share * 4 * .elements_per_step | fabs) < 1; "bytes of \(.op) of rank \(.rank)")),
-($traffic[] | select(.op == "all_reduce" or .op == "reduce")
-    | (if $o["gradient-reduction"] == "every" then $M else 1 end) as $times
-    | check(.elements_per_step == $times * $memory[0].parameters_bytes / 4;
+($traffic[] | select(.op == "all_reduce" or .op == "reduce" or .op == "reduce_scatter")
+    | check(.elements_per_step == (if $every then $M else 1 end) * $P / 4;
         "elements of \(.op) of rank \(.rank)")),
+($traffic[] | select(.op == "all_gather" and $stage < 3)
+    | check(.elements_per_step == $P / 4; "elements of \(.op) of rank \(.rank)")),
+($traffic[] | select(.op == "all_gather" and $stage == 3) | .elements_per_step as $elements # the last unit stays
+    | check($elements < $M * 2 * $P / 4 and $elements >= $M * (2 * $P / 4 - 16 * $N - ($o["embed-dim"] + 16)
+        * ($o["num-classes"] + 2)); "elements of \(.op) of rank \(.rank)"))),
 
 # end
 check($total.steps == $T and near($total.images_per_s; $T * $global / $total.seconds)

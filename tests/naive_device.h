@@ -468,9 +468,9 @@ static void NAIVE_OP(sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to,
     (void)s;
     for (size_t i = 0; i < from[0].count; i++) {
         if (from[0].type == RT_I64) {
-            int64_t sum = ((const int64_t *)from[0].data)[i];
-            for (size_t k = 1; k < n_from; k++) sum += ((const int64_t *)from[k].data)[i];
-            for (size_t k = 0; k < n_to; k++) ((int64_t *)to[k].data)[i] = sum;
+            uint64_t sum = ((const uint64_t *)from[0].data)[i];
+            for (size_t k = 1; k < n_from; k++) sum += ((const uint64_t *)from[k].data)[i];
+            for (size_t k = 0; k < n_to; k++) ((uint64_t *)to[k].data)[i] = sum;
         } else {
             REAL sum = ((const REAL *)from[0].data)[i];
             for (size_t k = 1; k < n_from; k++) sum += ((const REAL *)from[k].data)[i];

@@ -42,9 +42,13 @@ typedef struct {
     const char *from; /* a model on disk; NULL: odd_config with weights by formula from the seed */
     uint64_t seed;
     const char *to; /* a folder, or NULL */
+    dist_optimizer optimizer;
+    int frozen;         /* the backbone is */
+    const char *resume; /* a step folder to be loaded over all that, or NULL */
     /* what came of it */
     vit_model model;
-    float *weights; /* all units of rank 0 */
+    float *weights;  /* all units, of the ranks that save */
+    float *state[2]; /* the optimizer's, likewise */
     size_t count;
     error_text error;
     /* shared by the ranks */
@@ -61,6 +65,32 @@ static void formula(const vit_model *m, size_t u, uint64_t seed, float *values) 
             values[i] = (float)random_normal(random_key(seed, 1, u, 0), i);
 }
 
+/* The optimizer's state i of unit u by formula; 0 where nothing is trained. */
+static void state_formula(const vit_model *m, size_t u, uint64_t seed, int i, float *values) {
+    const vit_unit *unit = &m->unit[u];
+    formula(m, u, seed + 1000 + (uint64_t)i, values);
+    memset(values + unit->trainable, 0, (unit->count - unit->trainable) * sizeof *values);
+}
+
+static checkpoint_state some_state(void) {
+    return (checkpoint_state){.step = 7,
+                              .epoch = 2,
+                              .position = 40,
+                              .global_batch = 8,
+                              .batch_size = 2,
+                              .accumulation = 2,
+                              .ranks = 2,
+                              .metrics_bytes = 12345678901,
+                              .epoch_loss = 0x1.123456789abcdp+1,
+                              .epoch_steps = 5,
+                              .last_accuracy = 1. / 3,
+                              .best_accuracy = 0x1.fffffffffffffp-2,
+                              .best_saved = -1,
+                              .evaluated = SIZE_MAX,
+                              .best = "step-00000004",
+                              .options = cJSON_Parse("{\"seed\":3,\"model\":null}")};
+}
+
 static int job_rank(rt_rank *rank, void *argument) {
     job *j = argument;
     error_text e = {{0}};
@@ -69,19 +99,31 @@ static int job_rank(rt_rank *rank, void *argument) {
     size_t offset = 0;
     if (vit_cpu.open(rank, &e)) return rt_fail(rank, "%s", e.text);
     if (dist_comm_open(&comm, j->hub, rank, &vit_cpu)) return -1;
-    dist_options o = {.strategy = j->strategy, .batch_size = 1, .accumulation = 1, .counts = 1};
+    dist_options o = {
+        .strategy = j->strategy, .batch_size = 1, .accumulation = 1, .optimizer = j->optimizer, .counts = 7};
     int failed = dist_open(&d, &comm, &j->model, &o, &e);
     if (!failed && j->from) failed = model_source_load(&j->source, &d, j->seed, &e);
     for (size_t u = 0; u < j->model.units && !failed && !j->from; u++) {
         float *values = malloc(j->model.unit[u].count * sizeof *values);
         formula(&j->model, u, j->seed, values);
         dist_import(&d, u, values);
+        for (int i = 0; i < 2; i++) {
+            state_formula(&j->model, u, j->seed, i, values);
+            dist_import_state(&d, u, i, values);
+        }
         free(values);
     }
-    if (!failed && j->to) failed = checkpoint_save(&d, j->to, &card, &e);
+    if (!failed && j->resume) failed = checkpoint_load(&d, j->resume, &e);
+    if (!failed && j->to) {
+        checkpoint_state s = some_state();
+        failed = checkpoint_save(&d, j->to, &card, &s, &e);
+        checkpoint_state_free(&s);
+    }
     if (failed && *e.text) rt_fail(rank, "%s", e.text);
-    for (size_t u = 0; u < j->model.units && rank->rank == 0 && !failed; offset += j->model.unit[u++].count)
+    for (size_t u = 0; u < j->model.units && d.saves && !failed; offset += j->model.unit[u++].count) {
         dist_export(&d, u, j->weights + offset);
+        for (int i = 0; i < 2; i++) dist_export_state(&d, u, i, j->state[i] + offset);
+    }
     dist_close(&d);
     dist_comm_close(&comm);
     vit_cpu.close(rank);
@@ -93,7 +135,7 @@ static int run(job *j) {
     vit_config config = {.layer_norm_eps = 1e-6, .num_heads = odd_config.num_heads};
     rt_world world;
     if (!j->from)
-        config = odd_config;
+        config = odd_config, config.freeze_backbone = j->frozen;
     else if (model_source_open(&j->source, j->from, &j->error) ||
              model_source_config(&j->source, &config, &j->error))
         return -1;
@@ -102,6 +144,7 @@ static int run(job *j) {
         return -1;
     for (size_t u = 0; u < j->model.units; u++) j->count += j->model.unit[u].count;
     j->weights = calloc(j->count, sizeof *j->weights);
+    for (int i = 0; i < 2; i++) j->state[i] = calloc(j->count, sizeof *j->weights);
     assert_int_equal(rt_world_init(&world, j->ranks, RT_CHECK), 0);
     j->hub = dist_hub_create(&world);
     int failed = rt_run(&world, job_rank, j);
@@ -116,6 +159,7 @@ static void job_free(job *j) {
     model_source_close(&j->source);
     vit_model_free(&j->model);
     free(j->weights);
+    for (int i = 0; i < 2; i++) free(j->state[i]);
 }
 
 static void save(const char *strategy, int ranks, uint64_t seed, const char *to) {
@@ -198,7 +242,8 @@ static int exists(const char *path) { return access(path, F_OK) == 0; }
 static const struct {
     const char *strategy;
     int ranks;
-} worlds[] = {{"single", 1}, {"dp", 1}, {"ddp", 1}, {"dp", 2}, {"ddp", 2}, {"dp", 3}, {"ddp", 3}};
+} worlds[] = {{"single", 1}, {"dp", 1},    {"ddp", 1},   {"dp", 2},    {"ddp", 2},  {"dp", 3},
+              {"ddp", 3},    {"zero1", 2}, {"zero2", 3}, {"zero3", 2}, {"zero3", 5}};
 enum { WORLDS = sizeof worlds / sizeof *worlds };
 
 /* Whoever writes it, the file has the same bytes; whoever reads it gets the same weights. */
@@ -213,7 +258,7 @@ static void a_reloaded_model_is_bit_identical(void **state) {
         assert_int_equal(size, again);
         assert_memory_equal(bytes, other, size);
         free(other);
-        remove("other/model.safetensors"), remove("other/config.json"), rmdir("other");
+        assert_int_equal(remove_tree("other"), 0);
     }
     job written = {.strategy = "single", .ranks = 1, .seed = 7};
     assert_int_equal(run(&written), 0);
@@ -612,13 +657,399 @@ static void nothing_is_left_in_a_folder_that_cannot_be_written(void **state) {
     assert_int_equal(chmod("locked", 0755), 0);
 }
 
-/* A folder of that name is there already: it stays as it was. */
-static void an_existing_checkpoint_is_not_replaced(void **state) {
+/* A run that was resumed further back comes by again; and what killed runs left is in nobody's way. */
+static void an_existing_checkpoint_is_replaced(void **state) {
     (void)state;
     save("single", 1, 1, "step-00000001");
-    assert_not_saved("step-00000001", "cannot be renamed to step-00000001");
-    assert_holds("step-00000001", 1);
+    make_directory("step-00000001.tmp");
+    write_text("step-00000001.tmp/trainer_state.json.tmp", "half a");
+    write_text("step-00000001.tmp/preprocessor_config.json", "left");
+    make_directory("step-00000001.replaced");
+    write_text("step-00000001.replaced/model.safetensors", "left");
+    save("ddp", 2, 2, "step-00000001");
+    assert_holds("step-00000001", 2);
     assert_int_equal(entries_of("."), 1);
+    assert_int_equal(entries_of("step-00000001"), 4);
+}
+
+/* ----------------------------------------------------------------------------------------------- resuming */
+
+/* Weights and states are the formula's, however they were written. */
+static void assert_resumes(const char *folder, const char *strategy, int ranks, dist_optimizer optimizer,
+                           int frozen, uint64_t seed) {
+    job j = {.strategy = strategy,
+             .ranks = ranks,
+             .optimizer = optimizer,
+             .frozen = frozen,
+             .seed = seed + 1,
+             .resume = folder};
+    if (run(&j)) fail_msg("%s", j.error.text);
+    float *expected = malloc(j.count * sizeof *expected);
+    for (int i = -1; i < 2; i++) {
+        for (size_t u = 0, offset = 0; u < j.model.units; offset += j.model.unit[u++].count)
+            if (i < 0)
+                formula(&j.model, u, seed, expected + offset);
+            else
+                state_formula(&j.model, u, seed, i, expected + offset);
+        if (optimizer == DIST_SGD && i == 1) memset(expected, 0, j.count * sizeof *expected);
+        assert_memory_equal(i < 0 ? j.weights : j.state[i], expected, j.count * sizeof *expected);
+    }
+    free(expected);
+    job_free(&j);
+}
+
+static void any_world_resumes_what_any_other_wrote(void **state) {
+    (void)state;
+    for (int kind = 0; kind < 4; kind++)
+        for (int w = 0; w < WORLDS; w++) {
+            dist_optimizer optimizer = kind % 2 ? DIST_SGD : DIST_ADAMW;
+            job j = {.strategy = worlds[w].strategy,
+                     .ranks = worlds[w].ranks,
+                     .seed = 5,
+                     .to = "step-1",
+                     .optimizer = optimizer,
+                     .frozen = kind / 2};
+            size_t size;
+            if (run(&j)) fail_msg("%s", j.error.text);
+            char *text = read_text("step-1/trainer_state.json", &size);
+            if (w == 0) write_text("first.json", text); /* the same whoever writes, checksums included */
+            char *first = read_text("first.json", &size);
+            assert_string_equal(text, first);
+            assert_int_equal(checkpoint_check("step-1", &j.model, optimizer, &j.error), 0);
+            int other = (w + 1 + kind) % WORLDS;
+            assert_resumes("step-1", worlds[other].strategy, worlds[other].ranks, optimizer, kind / 2, 5);
+            free(first);
+            free(text);
+            job_free(&j);
+        }
+}
+
+/* Read by the safetensors reader alone; checksums by the formula, one element after the other. */
+static void the_optimizer_has_a_file_of_its_own(void **state) {
+    (void)state;
+    for (int kind = 0; kind < 4; kind++) {
+        dist_optimizer optimizer = kind % 2 ? DIST_SGD : DIST_ADAMW;
+        job j = {.strategy = "zero3",
+                 .ranks = 3,
+                 .seed = 5,
+                 .to = "step-1",
+                 .optimizer = optimizer,
+                 .frozen = kind / 2};
+        safetensors f, model;
+        error_text e;
+        size_t size;
+        if (run(&j)) fail_msg("%s", j.error.text);
+        if (safetensors_open("step-1/optimizer.safetensors", &f, &e) ||
+            safetensors_open("step-1/model.safetensors", &model, &e))
+            fail_msg("%s", e.text);
+        char *text = read_text("step-1/trainer_state.json", &size);
+        cJSON *root = cJSON_Parse(text);
+        const cJSON *sums =
+            cJSON_GetObjectItem(cJSON_GetObjectItem(root, "checksums"), "optimizer.safetensors");
+        assert_int_equal(f.count, (kind / 2 ? 2 : 32) * (optimizer == DIST_SGD ? 1 : 2));
+        assert_int_equal(f.count, cJSON_GetArraySize(sums));
+        for (size_t u = 0; u < j.model.units; u++)
+            for (size_t k = 0; k < j.model.unit[u].tensors; k++)
+                for (int i = 0; i < (optimizer == DIST_SGD ? 1 : 2); i++) {
+                    const vit_tensor *t = &j.model.unit[u].tensor[k];
+                    const st_tensor *weights = safetensors_find(&model, t->name);
+                    char name[128], sum[17];
+                    uint64_t expected = 0;
+                    snprintf(name, sizeof name, "%s.%s",
+                             optimizer == DIST_SGD ? "momentum_buffer"
+                             : i                   ? "exp_avg_sq"
+                                                   : "exp_avg",
+                             t->name);
+                    const st_tensor *s = safetensors_find(&f, name);
+                    if (kind / 2 && strncmp(t->name, "head.", 5)) {
+                        assert_null(s);
+                        continue;
+                    }
+                    assert_non_null(s);
+                    assert_int_equal(s->dtype, ST_F32);
+                    assert_int_equal(s->rank, weights->rank);
+                    assert_memory_equal(s->shape, weights->shape, s->rank * sizeof *s->shape);
+                    float *values = malloc(j.model.unit[u].count * sizeof *values);
+                    state_formula(&j.model, u, 5, i, values);
+                    assert_memory_equal(f.bytes + s->offset, values + t->offset, s->size);
+                    for (size_t x = 0; x < t->count; x++) {
+                        uint32_t bits;
+                        memcpy(&bits, &values[t->offset + x], 4);
+                        for (size_t times = 0; times < 2 * x + 1; times++) expected += bits;
+                    }
+                    snprintf(sum, sizeof sum, "%016llx", (unsigned long long)expected);
+                    assert_string_equal(cJSON_GetStringValue(cJSON_GetObjectItem(sums, name)), sum);
+                    free(values);
+                }
+        cJSON_Delete(root);
+        free(text);
+        safetensors_close(&f);
+        safetensors_close(&model);
+        job_free(&j);
+    }
+}
+
+static void the_state_survives_bit_for_bit(void **state) {
+    (void)state;
+    checkpoint_state s, t = some_state();
+    error_text e;
+    save("zero2", 3, 1, "step-1");
+    if (checkpoint_read_state("step-1", &s, &e)) fail_msg("%s", e.text);
+    assert_true(cJSON_Compare(s.options, t.options, 1));
+    cJSON_Delete(t.options);
+    t.options = s.options;
+    assert_string_equal(s.best, t.best);
+    assert_memory_equal(&s.step, &t.step, offsetof(checkpoint_state, best));
+    checkpoint_state_free(&s);
+    checkpoint_state_free(&s); /* harmless */
+}
+
+static void a_faulty_state_is_refused(void **state) {
+    (void)state;
+    static const struct {
+        const char *find, *replace, *expected;
+    } cases[] = {
+        {"{", "", "trainer_state.json: found "},
+        {"\"step\":\t7", "\"step\":\t-7", "step: found another number, expected a whole number in [0, 2^53)"},
+        {"\"step\":\t7", "\"step\":\t7.5", "step: found another number"},
+        {"\"step\":\t7", "\"step\":\t1e300", "step: found another number"},
+        {"\"step\":\t7", "\"step\":\t9007199254740992", "step: found another number"},
+        {"\"step\":\t7", "\"step\":\t1e999", "step: found another number"},
+        {"\"step\":\t7", "\"step\":\t\"7\"", "step: found a string"},
+        {"\"step\":\t7", "\"step\":\tnull", "step: found null"},
+        {"\"step\":\t7", "\"stop\":\t7", "step: found nothing"},
+        {"\"step\":\t7", "\"step\":\t7,\"step\":\t7", "found the key 'step' twice"},
+        {"\"global_batch\":\t8", "\"global_batch\":\t0", "global_batch: found another number"},
+        {"\"ranks\":\t2", "\"ranks\":\t[2]", "ranks: found an array"},
+        {"\"evaluated\":\tnull", "\"evaluated\":\ttrue", "evaluated: found true or false"},
+        {"\"best_saved\":\t-1", "\"best_saved\":\t\"x\"", "best_saved: found a string, expected a finite"},
+        {"\"best_saved\":\t-1", "\"best_saved\":\t1e999", "best_saved: found another number"},
+        {"\"best\":\t\"step-00000004\"", "\"best\":\t\"../step-4\"",
+         "best: found ../step-4, expected the name"},
+        {"\"best\":\t\"step-00000004\"", "\"best\":\t\"step-00000000000000000000004\"", "best: found step-0"},
+        {"\"best\":\t\"step-00000004\"", "\"best\":\t4", "best: found a number"},
+        {"\"options\":\t{", "\"options\":\t7,\"more\":\t{", "options: found a number"},
+        {"\"cls_token\":\t\"", "\"cls_token\":\t\"0", "tensor 'cls_token': found checksum "},
+        {"\"cls_token\":\t\"", "\"cls_taken\":\t\"", "tensor 'cls_token': found nothing as its checksum in "},
+        {"\"cls_token\":\t\"", "\"x\":\t\"\",\"cls_token\":\t\"", "found 32 tensors, expected 33 by "},
+    };
+    save("single", 1, 1, "step-1");
+    vit_model m;
+    error_text e;
+    size_t size;
+    char *good;
+    assert_int_equal(file_read_whole("step-1/trainer_state.json", 1 << 20, &good, &size, &e), 0);
+    assert_int_equal(vit_model_init(&m, &odd_config, RT_FP32, &e), 0);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char *bad = malloc(size + 100);
+        assert_non_null(strstr(good, cases[i].find));
+        size_t at = (size_t)(strstr(good, cases[i].find) - good);
+        sprintf(bad, "%.*s%s%s", (int)at, good, cases[i].replace, good + at + strlen(cases[i].find));
+        write_text("step-1/trainer_state.json", bad);
+        assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+        assert_message(&e, "step-1/", cases[i].expected, NULL);
+        free(bad);
+    }
+    for (size_t length = 0; length + 1 < size; length += 7) {
+        write_text("step-1/trainer_state.json", good);
+        assert_int_equal(truncate("step-1/trainer_state.json", (off_t)length), 0);
+        assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+        assert_message(&e, "step-1/trainer_state.json: ", NULL);
+    }
+    free(good);
+    vit_model_free(&m);
+}
+
+/* One bit of one tensor of either file. */
+static void a_flipped_bit_is_found(void **state) {
+    (void)state;
+    vit_model m;
+    error_text e;
+    assert_int_equal(vit_model_init(&m, &odd_config, RT_FP32, &e), 0);
+    save("zero1", 2, 1, "step-1");
+    for (int file = 0; file < 2; file++) {
+        safetensors f;
+        char path[64], name[128];
+        snprintf(path, sizeof path, "step-1/%s", file ? "optimizer.safetensors" : "model.safetensors");
+        assert_int_equal(safetensors_open(path, &f, &e), 0);
+        int fd = open(path, O_RDWR);
+        for (size_t k = 0; k < f.count; k++) {
+            off_t at = (off_t)(f.tensors[k].offset + f.tensors[k].size / 2 + k % 4);
+            uint8_t byte;
+            assert_int_equal(pread(fd, &byte, 1, at), 1);
+            byte ^= (uint8_t)(1 << k % 8);
+            assert_int_equal(pwrite(fd, &byte, 1, at), 1);
+            assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+            snprintf(name, sizeof name, "tensor '%s': found checksum ", f.tensors[k].name);
+            assert_message(&e, path, name, "it is damaged", NULL);
+            byte ^= (uint8_t)(1 << k % 8);
+            assert_int_equal(pwrite(fd, &byte, 1, at), 1);
+        }
+        close(fd);
+        safetensors_close(&f);
+        assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), 0);
+    }
+    vit_model_free(&m);
+}
+
+/* With a checksum that says so. */
+static void numbers_that_are_not_finite_are_refused(void **state) {
+    (void)state;
+    vit_model m;
+    error_text e;
+    safetensors f;
+    size_t size;
+    float infinite = -INFINITY;
+    assert_int_equal(vit_model_init(&m, &odd_config, RT_FP32, &e), 0);
+    save("single", 1, 1, "step-1");
+    assert_int_equal(safetensors_open("step-1/optimizer.safetensors", &f, &e), 0);
+    const st_tensor *t = safetensors_find(&f, "exp_avg.norm.bias");
+    int fd = open("step-1/optimizer.safetensors", O_RDWR);
+    assert_int_equal(pwrite(fd, &infinite, 4, (off_t)t->offset + 8), 4);
+    close(fd);
+    assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+    assert_message(&e, "tensor 'exp_avg.norm.bias': found checksum ", NULL);
+    char *text = read_text("step-1/trainer_state.json", &size);
+    char expected[17];
+    snprintf(expected, sizeof expected, "%s", strstr(e.text, "expected ") + 9);
+    char *at = strstr(text, expected);
+    assert_non_null(at);
+    memcpy(at, strstr(e.text, "found checksum ") + 15, 16);
+    write_text("step-1/trainer_state.json", text);
+    assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+    assert_message(&e, "tensor 'exp_avg.norm.bias': found a NaN or an infinity", NULL);
+    free(text);
+    safetensors_close(&f);
+    vit_model_free(&m);
+}
+
+/* A copy that stopped: inside of each tensor in turn, and in the header. */
+static void a_half_copied_file_is_found(void **state) {
+    (void)state;
+    vit_model m;
+    error_text e;
+    assert_int_equal(vit_model_init(&m, &odd_config, RT_FP32, &e), 0);
+    for (int file = 0; file < 2; file++) {
+        safetensors f;
+        char path[64], name[128];
+        save("single", 1, 1, "step-1");
+        snprintf(path, sizeof path, "step-1/%s", file ? "optimizer.safetensors" : "model.safetensors");
+        assert_int_equal(safetensors_open(path, &f, &e), 0);
+        for (size_t k = f.count; k-- > 0;) { /* in the file's order, as all are of one type */
+            assert_int_equal(truncate(path, (off_t)(f.tensors[k].offset + f.tensors[k].size - 1 - k % 4)), 0);
+            assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+            snprintf(name, sizeof name, "tensor '%s' is not whole", f.tensors[k].name);
+            assert_message(&e, path, name, NULL);
+        }
+        for (size_t length = f.tensors[0].offset - 1; length > 7; length /= 3) {
+            assert_int_equal(truncate(path, (off_t)length), 0);
+            assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+            assert_message(&e, path, "found a header of ", NULL);
+        }
+        safetensors_close(&f);
+        assert_int_equal(unlink(path), 0);
+        assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+        assert_message(&e, "step-1: found no ", path + 7, NULL);
+    }
+    save("single", 1, 1, "step-1");
+    assert_int_equal(unlink("step-1/trainer_state.json"), 0);
+    assert_int_equal(checkpoint_check("step-1", &m, DIST_ADAMW, &e), -1);
+    assert_message(&e, "step-1: found no trainer_state.json", NULL);
+    vit_model_free(&m);
+}
+
+/* What differs is named: a tensor, or what no tensor shows. */
+static void another_model_is_told_from_damage(void **state) {
+    (void)state;
+    vit_config c[8];
+    for (int i = 0; i < 8; i++) c[i] = odd_config;
+    c[0].depth = 3;
+    c[1].depth = 1;
+    c[2].embed_dim = 48;
+    c[3].num_classes = 4;
+    c[4].num_heads = 2;
+    c[5].layer_norm_eps = 1e-6;
+    c[6].image_height = 10, c[6].image_width = 6;
+    c[7].freeze_backbone = 1;
+    static const char *const expected[] = {
+        "model.safetensors: tensor blocks.2.attn.qkv.weight: found none, expected shape [132, 44]",
+        "model.safetensors: found tensor blocks.1.attn.proj.bias, expected none",
+        "found shape [44, 3, 2, 2], expected shape [48, 3, 2, 2]",
+        "model.safetensors: tensor head.weight: found shape [3, 44], expected shape [4, 44]",
+        "config.json: num_heads: found 4, expected 2",
+        "config.json: layer_norm_eps: found 1.0000000000000001e-05, expected 9.9999999999999995e-07",
+        "config.json: img_size (height): found 6, expected 10",
+        "optimizer.safetensors: found tensor exp_avg.blocks.0.attn.proj.bias, expected none",
+    };
+    make_directory("run");
+    save("zero3", 2, 1, "run/step-00000001");
+    for (int i = 0; i < 9; i++) {
+        vit_model m;
+        error_text e;
+        char folder[CHECKPOINT_PATH];
+        assert_int_equal(vit_model_init(&m, i < 8 ? &c[i] : &odd_config, RT_FP32, &e), 0);
+        dist_optimizer optimizer = i < 8 ? DIST_ADAMW : DIST_SGD;
+        assert_int_equal(checkpoint_check("run/step-00000001", &m, optimizer, &e), -1);
+        assert_message(&e, "run/step-00000001/",
+                       i < 8 ? expected[i] : "momentum_buffer.patch_embed.proj.weight: found none", NULL);
+        assert_int_equal(checkpoint_newest("run", &m, optimizer, folder, NULL, NULL, &e), -1);
+        assert_string_equal(folder, "");
+        vit_model_free(&m);
+    }
+}
+
+static void note(void *arg, const char *why) {
+    char *said = arg;
+    snprintf(said + strlen(said), 1000 - strlen(said), "%s\n", why);
+}
+
+static void the_newest_whole_checkpoint_is_found(void **state) {
+    (void)state;
+    vit_model m;
+    error_text e;
+    char folder[CHECKPOINT_PATH], said[1000] = "";
+    assert_int_equal(vit_model_init(&m, &odd_config, RT_FP32, &e), 0);
+    assert_int_equal(checkpoint_newest("run", &m, DIST_ADAMW, folder, note, said, &e), 0);
+    assert_string_equal(folder, "");
+    make_directory("run/step-00000020.tmp");
+    assert_int_equal(checkpoint_newest("run", &m, DIST_ADAMW, folder, note, said, &e), 0);
+    assert_string_equal(folder, "");
+    save("single", 1, 1, "run/step-00000009");
+    save("single", 1, 1, "run/step-100000000"); /* nine digits */
+    save("single", 1, 1, "run/step-00000010");
+    assert_int_equal(checkpoint_newest("run", &m, DIST_ADAMW, folder, note, said, &e), 0);
+    assert_string_equal(folder, "run/step-100000000");
+    assert_string_equal(said, "");
+    assert_int_equal(truncate("run/step-100000000/optimizer.safetensors", 5000), 0);
+    assert_int_equal(unlink("run/step-00000010/trainer_state.json"), 0);
+    assert_int_equal(checkpoint_newest("run", &m, DIST_ADAMW, folder, note, said, &e), 0);
+    assert_string_equal(folder, "run/step-00000009");
+    assert_non_null(strstr(said, "run/step-100000000/optimizer.safetensors: found a "));
+    assert_non_null(strstr(said, "\nrun/step-00000010: found no trainer_state.json"));
+    /* killed between the two renames of a replacement */
+    assert_int_equal(rename("run/step-00000009", "run/step-00000009.replaced"), 0);
+    assert_int_equal(checkpoint_newest("run", &m, DIST_ADAMW, folder, note, said, &e), 0);
+    assert_string_equal(folder, "run/step-00000009");
+    vit_model_free(&m);
+}
+
+/* The file of weights has room, that of the optimizer has not: the former checkpoint of that name stays. */
+static void a_full_disk_leaves_the_former_checkpoint(void **state) {
+    (void)state;
+    struct rlimit before, small;
+    struct stat size;
+    save("single", 1, 1, "step-1");
+    assert_int_equal(stat("step-1/model.safetensors", &size), 0);
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &before), 0);
+    small = before;
+    small.rlim_cur = (rlim_t)size.st_size;
+    signal(SIGXFSZ, SIG_IGN);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+    assert_not_saved("step-1", "step-1.tmp/optimizer.safetensors: no room for ");
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &before), 0);
+    signal(SIGXFSZ, SIG_DFL);
+    assert_int_equal(entries_of("."), 1);
+    assert_resumes("step-1", "zero3", 2, DIST_ADAMW, 0, 1);
 }
 
 /* ------------------------------------------------------------------------------------------------ pruning */
@@ -632,6 +1063,10 @@ static void make_steps(int count) {
         write_text(path, "{}");
         snprintf(path, sizeof path, "run/step-%08d/model.safetensors", i);
         write_text(path, "x");
+        snprintf(path, sizeof path, "run/step-%08d/optimizer.safetensors", i);
+        write_text(path, "x");
+        snprintf(path, sizeof path, "run/step-%08d/trainer_state.json", i);
+        write_text(path, "{}");
     }
 }
 
@@ -653,8 +1088,14 @@ static void pruning_keeps_best_and_latest(void **state) {
     write_text("run/latest", "step-00000005");
     write_text("run/other", "not a step");
     make_directory("run/step-00000000.tmp");
+    make_directory("run/step-00000006.replaced"); /* killed before the new one had taken the name */
+    write_text("run/step-00000006.replaced/model.safetensors", "x");
+    make_directory("run/step-00000005.replaced"); /* and after */
+    write_text("run/step-00000005.replaced/model.safetensors", "x");
     checkpoint_prune("run", 9, "step-00000001", "step-00000005");
-    assert_steps("1 2 3 4 5");
+    assert_steps("1 2 3 4 5 6");
+    assert_true(exists("run/step-00000006/model.safetensors"));
+    assert_int_equal(remove_tree("run/step-00000006"), 0);
     checkpoint_prune("run", 4, "", "step-00000005"); /* no evaluation yet: no best */
     assert_steps("2 3 4 5");
     checkpoint_prune("run", 3, "step-00000002", "step-00000005");
@@ -663,7 +1104,8 @@ static void pruning_keeps_best_and_latest(void **state) {
     assert_steps("2 5");
     checkpoint_prune("run", 1, "step-00000005", "step-00000005");
     assert_steps("5");
-    assert_true(exists("run/latest") && exists("run/other") && exists("run/step-00000000.tmp"));
+    assert_true(exists("run/latest") && exists("run/other"));
+    assert_int_equal(entries_of("run"), 3);
     checkpoint_prune("nowhere", 1, "", "");
 }
 
@@ -685,7 +1127,17 @@ int main(void) {
         TEST(nothing_is_left_when_there_is_no_room),
         TEST(nothing_is_left_below_a_file),
         TEST(nothing_is_left_in_a_folder_that_cannot_be_written),
-        TEST(an_existing_checkpoint_is_not_replaced),
+        TEST(an_existing_checkpoint_is_replaced),
+        TEST(any_world_resumes_what_any_other_wrote),
+        TEST(the_optimizer_has_a_file_of_its_own),
+        TEST(the_state_survives_bit_for_bit),
+        TEST(a_faulty_state_is_refused),
+        TEST(a_flipped_bit_is_found),
+        TEST(numbers_that_are_not_finite_are_refused),
+        TEST(a_half_copied_file_is_found),
+        TEST(another_model_is_told_from_damage),
+        TEST(the_newest_whole_checkpoint_is_found),
+        TEST(a_full_disk_leaves_the_former_checkpoint),
         TEST(pruning_keeps_best_and_latest),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

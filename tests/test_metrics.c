@@ -2,6 +2,8 @@
  *
  * golden/metrics.json was computed by golden/make_golden.py, which has the formula of the labels, scores and
  * predictions; the small cases are counted by hand. */
+#include <signal.h>
+#include <sys/resource.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <unistd.h>
@@ -203,7 +205,7 @@ static void lines_are_appended_at_once(void **state) {
     close(fd);
     for (int part = 0; part < 2; part++) {
         metrics_file log;
-        if (metrics_open(&log, path, &e)) fail_msg("%s", e.text);
+        if (metrics_open(&log, path, SIZE_MAX, NULL, &e)) fail_msg("%s", e.text);
         cJSON *line = metrics_line("end");
         metrics_add_count(line, "steps", (uint64_t)part);
         if (metrics_write(&log, line, &e)) fail_msg("%s", e.text);
@@ -216,6 +218,72 @@ static void lines_are_appended_at_once(void **state) {
     unlink(path);
 }
 
+/* A resumed run goes on behind the lines that its checkpoint knows of, and the line of the checkpoint itself. */
+static void what_a_checkpoint_does_not_know_is_cut(void **state) {
+    static const char before[] = "{\"step\":1}\n{\"step\":2}\n",
+                      own[] = "{\"event\":\"checkpoint\",\"step\":2,\"x\":1}\n",
+                      after[] = "{\"step\":3}\n{\"st";
+    static const struct {
+        const char *kept;
+        size_t length, expected;
+    } cases[] = {{NULL, sizeof before - 1, sizeof before - 1},
+                 {"{\"event\":\"checkpoint\",\"step\":2,", sizeof before - 1, sizeof before + sizeof own - 2},
+                 {"{\"event\":\"checkpoint\",\"step\":1,", sizeof before - 1, sizeof before - 1},
+                 {"{\"event\":\"checkpoint\",\"step\":2,", 0, 0},
+                 {NULL, SIZE_MAX, sizeof before + sizeof own + sizeof after - 3}};
+    (void)state;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char path[] = "/tmp/test_metrics_XXXXXX", whole[256], *text;
+        metrics_file log;
+        error_text e;
+        size_t length, expected = cases[i].expected;
+        int fd = mkstemp(path);
+        snprintf(whole, sizeof whole, "%s%s%s", before, own, after);
+        assert_int_equal(write(fd, whole, strlen(whole)), strlen(whole));
+        close(fd);
+        if (metrics_open(&log, path, cases[i].length, cases[i].kept, &e)) fail_msg("%s", e.text);
+        if (metrics_write(&log, metrics_line("end"), &e)) fail_msg("%s", e.text);
+        metrics_close(&log);
+        if (file_read_whole(path, 1000, &text, &length, &e)) fail_msg("%s", e.text);
+        assert_int_equal(length, expected + strlen("{\"event\":\"end\"}\n"));
+        assert_memory_equal(text, whole, expected);
+        assert_string_equal(text + expected, "{\"event\":\"end\"}\n");
+        free(text);
+        assert_int_equal(metrics_open(&log, path, 1000, NULL, &e), -1);
+        assert_non_null(strstr(e.text, "bytes, expected the 1000 that the checkpoint tells of"));
+        metrics_close(&log);
+        unlink(path);
+    }
+}
+
+/* A line for which there is no room leaves the file as it was, and later lines go on behind the last whole one. */
+static void a_line_that_does_not_fit_is_cut_off(void **state) {
+    char path[] = "/tmp/test_metrics_XXXXXX", *text;
+    const char *expected = "{\"event\":\"a\"}\n{\"event\":\"c\"}\n";
+    struct rlimit limit, small;
+    metrics_file log;
+    error_text e;
+    size_t length;
+    (void)state;
+    close(mkstemp(path));
+    if (metrics_open(&log, path, SIZE_MAX, NULL, &e)) fail_msg("%s", e.text);
+    assert_int_equal(metrics_write(&log, metrics_line("a"), &e), 0);
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &limit);
+    small = limit;
+    small.rlim_cur = 20; /* within the second line */
+    setrlimit(RLIMIT_FSIZE, &small);
+    int failed = metrics_write(&log, metrics_line("b"), &e);
+    setrlimit(RLIMIT_FSIZE, &limit);
+    assert_int_equal(failed, -1);
+    assert_int_equal(metrics_write(&log, metrics_line("c"), &e), 0);
+    metrics_close(&log);
+    if (file_read_whole(path, 1000, &text, &length, &e)) fail_msg("%s", e.text);
+    assert_string_equal(text, expected);
+    free(text);
+    unlink(path);
+}
+
 static void a_full_disk_is_an_error(void **state) {
     (void)state;
     metrics_file log;
@@ -224,9 +292,9 @@ static void a_full_disk_is_an_error(void **state) {
         print_message("skipped: there is no /dev/full\n");
         skip();
     }
-    if (metrics_open(&log, "/dev/full", &e)) fail_msg("%s", e.text);
+    if (metrics_open(&log, "/dev/full", SIZE_MAX, NULL, &e)) fail_msg("%s", e.text);
     assert_int_equal(metrics_write(&log, metrics_line("end"), &e), -1);
-    assert_string_equal(e.text, "/dev/full: cannot be written: No space left on device");
+    assert_non_null(strstr(e.text, "/dev/full: cannot write 16 bytes at offset 0: No space left on device"));
     metrics_close(&log);
 }
 
@@ -234,7 +302,7 @@ static void a_missing_folder_is_an_error(void **state) {
     (void)state;
     metrics_file log;
     error_text e;
-    assert_int_equal(metrics_open(&log, "/nonexistent/metrics.jsonl", &e), -1);
+    assert_int_equal(metrics_open(&log, "/nonexistent/metrics.jsonl", SIZE_MAX, NULL, &e), -1);
     assert_string_equal(e.text, "/nonexistent/metrics.jsonl: cannot be written: No such file or directory");
     metrics_close(&log);
 }
@@ -249,6 +317,8 @@ int main(void) {
         cmocka_unit_test(numbers_have_nine_digits),
         cmocka_unit_test(a_float_survives),
         cmocka_unit_test(lines_are_appended_at_once),
+        cmocka_unit_test(what_a_checkpoint_does_not_know_is_cut),
+        cmocka_unit_test(a_line_that_does_not_fit_is_cut_off),
         cmocka_unit_test(a_full_disk_is_an_error),
         cmocka_unit_test(a_missing_folder_is_an_error),
     };

@@ -126,6 +126,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "epochs",
                            "max-steps",
                            "strategy",
+                           "strategies",
                            "nproc-per-node",
                            "device",
                            "backend",
@@ -139,6 +140,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "precision",
                            "threads-per-rank",
                            "output-dir",
+                           "resume",
                            "log-interval",
                            "eval-interval",
                            "checkpoint-interval",
@@ -146,9 +148,9 @@ static void test_every_documented_option_is_there(void **state) {
                            "keep-checkpoints",
                            "quiet",
                            "config"};
-    const char *later[] = {"mixup",  "cutmix", "rendezvous-port", "timeout",   "deepspeed-config", "cluster",
-                           "nodes",  "sweep",  "straggler",       "delay",     "jitter",           "json",
-                           "resume", "trace",  "trace-ranks",     "strategies"};
+    const char *later[] = {"mixup",   "cutmix", "rendezvous-port", "timeout",    "deepspeed-config",
+                           "cluster", "nodes",  "sweep",           "straggler",  "delay",
+                           "jitter",  "json",   "trace",           "trace-ranks"};
     assert_int_equal(train_table.count, COUNT(built) + COUNT(later));
     char word[64], message[128];
     for (size_t i = 0; i < COUNT(built); i++) {
@@ -387,7 +389,6 @@ static void test_bad_command_lines(void **state) {
         {{"--mixup", "0.8"}, "--mixup is not built yet"},
         {{"--mixup"}, "--mixup is not built yet"},
         {{"--mixup=0"}, "--mixup is not built yet"},
-        {{"compare"}, "compare is not built yet"},
         {{"simulate", "--nodes=2"}, "simulate is not built yet"},
         {{"plan"}, "plan is not built yet"},
         {{"trian"}, "unknown command 'trian', did you mean train?"},
@@ -534,6 +535,31 @@ static void test_intervals(void **state) {
     assert_int_equal(parse_text(parse_words(*state, 0, NULL), "{\"activation-checkpointing\": 0}"), -1);
 }
 
+/* A resumed training keeps some options; others may change, and so may how a file spells a number. */
+static void test_options_of_a_training(void **state) {
+    const struct {
+        const char *written, *message;
+    } cases[] = {
+        {"{\"seed\": 3, \"embed-dim\": 64.0, \"epochs\": 9, \"mean\": [0.5]}", NULL},
+        {"{}", NULL},
+        {"{\"seed\": 4}",
+         "s.json: found seed 4, asked for is 3: a training that is resumed keeps its --seed"},
+        {"{\"mean\": [0.25]}", "s.json: found mean [0.25], asked for is [0.5]"},
+        {"{\"optimizer\": \"sgd\"}", "s.json: found optimizer \"sgd\", asked for is \"adamw\""},
+        {"{\"shuffle\": null}", "s.json: found shuffle null, asked for is true"},
+    };
+    const char *words[] = {"--seed=3", "--embed-dim=64", "--mean=0.5"};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        parsed *p = parse_words(*state, 3, words);
+        cJSON *written = cJSON_Parse(cases[i].written);
+        int failed = options_same_training(&train_table, &p->o, written, "s.json", &p->e);
+        cJSON_Delete(written);
+        assert_int_equal(failed, cases[i].message ? -1 : 0);
+        if (cases[i].message && strncmp(p->e.text, cases[i].message, strlen(cases[i].message)))
+            fail_msg("%s", p->e.text);
+    }
+}
+
 static void test_configuration_knows_what_is_not_built(void **state) {
     parsed *p = parse_words(*state, 0, NULL);
     if (parse_text(p, "{\"mixup\": 0, \"trace\": false, \"cluster\": null, \"format\": null, \"nodes\": 1}"))
@@ -542,7 +568,6 @@ static void test_configuration_knows_what_is_not_built(void **state) {
         {"{\"mixup\": 0.8}", "f.json: mixup is not built yet"},
         {"{\"cluster\": \"p5\"}", "f.json: cluster is not built yet"},
         {"{\"trace\": true}", "f.json: trace is not built yet"},
-        {"{\"resume\": \"auto\"}", "f.json: resume is not built yet"},
         {"{\"backend\": \"nccl\"}", "f.json: backend nccl is not built yet"},
     };
     for (size_t i = 0; i < COUNT(texts); i++) {
@@ -753,6 +778,7 @@ int main(void) {
         TEST(test_flat_configuration),
         TEST(test_configuration_of_a_run),
         TEST(test_intervals),
+        TEST(test_options_of_a_training),
         TEST(test_configuration_knows_what_is_not_built),
         TEST(test_bad_configurations),
         TEST(test_command_line_wins_over_the_file),

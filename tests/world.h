@@ -38,8 +38,9 @@ typedef struct {
     dist_optimizer optimizer;
     size_t prefetch, checkpoint_every;
     int keep_after_forward;
-    int evaluate;  /* after every step: a forward pass and a sum over the ranks */
-    double poison; /* added to a pixel of rank 1's data at the last step */
+    int evaluate;                   /* after every step: a forward pass and a sum over the ranks */
+    double poison;                  /* added to a pixel of rank 1's data at the last step */
+    void (*inspect)(const dist *d); /* called by every rank after every step; it fails by rt_fail */
     /* what came of it */
     double *losses, *norms; /* [steps] of rank 0; the other ranks' are compared with them */
     float *weights;         /* all units, from the ranks that save them */
@@ -92,6 +93,22 @@ static void make_sample(const vit_config *c, size_t s, float *image, int32_t *la
     *key = random_mix(k);
 }
 
+static dist_options options_of(const training *t) {
+    return (dist_options){.strategy = t->strategy,
+                          .batch_size = t->batch,
+                          .accumulation = t->accumulation,
+                          .bucket_size_mb = t->bucket_mb,
+                          .reduction = t->reduction,
+                          .optimizer = t->optimizer,
+                          .prefetch = t->prefetch,
+                          .keep_after_forward = t->keep_after_forward,
+                          .checkpoint_every = t->checkpoint_every,
+                          .gradient_clipping = t->clipping,
+                          .adamw = {.9, .999, ADAM_EPS, 0.05},
+                          .sgd = {.9, 0.05},
+                          .counts = 16};
+}
+
 static int train_rank(rt_rank *rank, void *argument) {
     training *t = argument;
     const vit_model *m = &t->model;
@@ -111,19 +128,7 @@ static int train_rank(rt_rank *rank, void *argument) {
     if (dist_comm_open(&comm, t->hub, rank, &vit_cpu)) return -1;
     comm.observe = observe_call;
     comm.observer = observer;
-    dist_options o = {.strategy = t->strategy,
-                      .batch_size = B,
-                      .accumulation = M,
-                      .bucket_size_mb = t->bucket_mb,
-                      .reduction = t->reduction,
-                      .optimizer = t->optimizer,
-                      .prefetch = t->prefetch,
-                      .keep_after_forward = t->keep_after_forward,
-                      .checkpoint_every = t->checkpoint_every,
-                      .gradient_clipping = t->clipping,
-                      .adamw = {.9, .999, ADAM_EPS, 0.05},
-                      .sgd = {.9, 0.05},
-                      .counts = 16};
+    dist_options o = options_of(t);
     if (dist_open(&d, &comm, m, &o, &e)) {
         if (!rt_failed(rank)) rt_fail(rank, "%s", e.text);
     } else {
@@ -145,6 +150,7 @@ static int train_rank(rt_rank *rank, void *argument) {
                 dist_micro_batch(&d, k, images, labels, keys);
             }
             dist_end_step(&d, &result);
+            if (t->inspect && !rt_failed(rank)) t->inspect(&d);
             if (r == 0 && t->losses)
                 t->losses[step - 1] = result.loss, t->norms[step - 1] = result.gradient_norm;
             if (t->evaluate) {
@@ -218,6 +224,35 @@ static training *training_of(const char *strategy, int ranks, size_t batch, size
     t->reduction = reduction;
     t->clipping = 0.5;
     return t;
+}
+
+static inline training *trained_as(training *t, const vit_config *config) {
+    train_world(t, config);
+    if (t->failed)
+        print_message("%s x %d: %s\n%s", t->strategy, t->ranks, t->error.text, t->table ? t->table : "");
+    assert_false(t->failed);
+    return t;
+}
+
+static inline training *trained(training *t) { return trained_as(t, &odd_config); }
+
+static inline void assert_same_bits(const training *a, const training *b) {
+    assert_false(a->failed || b->failed);
+    assert_memory_equal(a->losses, b->losses, a->steps * sizeof *a->losses);
+    assert_memory_equal(a->norms, b->norms, a->steps * sizeof *a->norms);
+    assert_memory_equal(a->weights, b->weights, a->count * sizeof *a->weights);
+}
+
+/* Elements of unit u on n ranks as DESIGN pads them: every tensor to a multiple of 16, the unit to one of
+ * 16 n. */
+static inline size_t padded(const vit_model *m, size_t u, size_t n) {
+    size_t count = 0;
+    for (size_t t = 0; t < m->unit[u].tensors; t++) {
+        size_t elements = 1;
+        for (size_t i = 0; i < m->unit[u].tensor[t].dims; i++) elements *= m->unit[u].tensor[t].shape[i];
+        count += (elements + 15) / 16 * 16;
+    }
+    return (count + 16 * n - 1) / (16 * n) * (16 * n);
 }
 
 #endif
