@@ -87,9 +87,10 @@ build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard t
 endef
 $(foreach f,plain asan tsan,$(eval $(call test_rule,$(f))))
 
-# The operations of vit_cuda beside those of vit_cpu.
-build/cuda/test_ops: $(HEADERS) $(wildcard tests/*.h)
-build/cuda/test_ops: tests/test_ops.c build/plain/vit_cpu.o build/cuda/vit_cuda.o
+# test_ops: vit_cuda beside vit_cpu.
+GPU_TESTS := build/cuda/test_ops build/cuda/test_cuda
+$(GPU_TESTS): $(HEADERS) $(wildcard tests/*.h)
+$(GPU_TESTS): build/cuda/%: tests/%.c build/plain/vit_cpu.o build/cuda/vit_cuda.o
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $(CUDA_CFLAGS) $< $(filter %.o,$^) -o $@ -lcmocka $(plain_LIBS) \
 	    $(CUDA_LIBS)
 
@@ -111,8 +112,8 @@ test:
 test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
-test-gpu: train $(if $(NVCC),build/cuda/test_ops)
-	@tests/run.sh $(if $(NVCC),build/cuda/test_ops) tests/test_gpu.sh
+test-gpu: train $(if $(NVCC),$(GPU_TESTS))
+	@tests/run.sh $(if $(NVCC),$(GPU_TESTS)) tests/test_gpu.sh
 
 # The long ones: every test under both.
 LONG := $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%)
