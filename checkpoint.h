@@ -392,9 +392,11 @@ typedef struct checkpoint_state {
     double epoch_loss;    /* sum of the losses of the epoch's steps so far */
     size_t epoch_steps;   /* how many */
     double last_accuracy, best_accuracy, best_saved;
-    size_t evaluated; /* the step of the last evaluation, SIZE_MAX: there was none */
-    char best[32];    /* the folder that checkpoints/best names, "": none */
-    cJSON *options;   /* every option, as in config.json's "options" */
+    size_t evaluated;  /* the step of the last evaluation, SIZE_MAX: there was none */
+    double loss_scale; /* with what follows, dist_scaler's; told of fp16 alone */
+    size_t scaler_step, scaler_overflow, scaler_left, scaler_skipped; /* overflow: 1 + its step, 0: none */
+    char best[32];  /* the folder that checkpoints/best names, "": none */
+    cJSON *options; /* every option, as in config.json's "options" */
 } checkpoint_state;
 
 /* The file's keys. A count is a whole number from `least` to 2^53 - 1; null stands for SIZE_MAX where that is
@@ -406,9 +408,11 @@ static const struct {
 } state_counts[] = {
 #define COUNT(name, least, optional)                                                                         \
     { #name, offsetof(checkpoint_state, name), least, optional }
-    COUNT(step, 0, 0),        COUNT(epoch, 0, 0),        COUNT(position, 0, 0), COUNT(global_batch, 1, 0),
-    COUNT(batch_size, 1, 0),  COUNT(accumulation, 1, 0), COUNT(ranks, 1, 0),    COUNT(metrics_bytes, 0, 0),
-    COUNT(epoch_steps, 0, 0), COUNT(evaluated, 0, 1),
+    COUNT(step, 0, 0),         COUNT(epoch, 0, 0),          COUNT(position, 0, 0),
+    COUNT(global_batch, 1, 0), COUNT(batch_size, 1, 0),     COUNT(accumulation, 1, 0),
+    COUNT(ranks, 1, 0),        COUNT(metrics_bytes, 0, 0),  COUNT(epoch_steps, 0, 0),
+    COUNT(evaluated, 0, 1),    COUNT(scaler_step, 0, 0),    COUNT(scaler_overflow, 0, 0),
+    COUNT(scaler_left, 0, 0),  COUNT(scaler_skipped, 0, 0),
 #undef COUNT
 };
 static const struct {
@@ -417,10 +421,7 @@ static const struct {
 } state_values[] = {
 #define VALUE(name)                                                                                          \
     { #name, offsetof(checkpoint_state, name) }
-    VALUE(epoch_loss),
-    VALUE(last_accuracy),
-    VALUE(best_accuracy),
-    VALUE(best_saved),
+    VALUE(epoch_loss), VALUE(last_accuracy), VALUE(best_accuracy), VALUE(best_saved), VALUE(loss_scale),
 #undef VALUE
 };
 enum {

@@ -299,6 +299,7 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > n ? cores / n : 1;
     if (o->strategy < 0) o->strategy = n > 1 ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
     if (o->backend < 0) o->backend = CHOICE_BACKEND_LOCAL;
+    if (o->reduce_dtype < 0) o->reduce_dtype = o->precision;
     const dist_strategy *strategy = dist_strategy_named(options_choice(&train_table, o, &o->strategy).text);
     if (o->gradient_reduction < 0)
         o->gradient_reduction =
@@ -353,6 +354,14 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     return 0;
 }
 
+/* The type that stands behind a choice of --precision or --reduce-dtype. */
+static rt_type number_type(int choice) {
+    static const rt_type types[] = {[CHOICE_PRECISION_FP32] = RT_FP32,
+                                    [CHOICE_PRECISION_BF16] = RT_BF16,
+                                    [CHOICE_PRECISION_FP16] = RT_FP16};
+    return types[choice];
+}
+
 /* The options as dist.h wants them. */
 static dist_options distribution(const run *r) {
     const train_options *o = &r->o;
@@ -362,6 +371,7 @@ static dist_options distribution(const run *r) {
                           .batch_size = o->batch_size,
                           .accumulation = o->gradient_accumulation_steps,
                           .bucket_size_mb = o->bucket_size_mb,
+                          .reduce_type = number_type(o->reduce_dtype),
                           .reduction = o->gradient_reduction == CHOICE_REDUCTION_LAST ? DIST_REDUCE_LAST
                                                                                       : DIST_REDUCE_EVERY,
                           .prefetch = o->prefetch,
@@ -451,7 +461,7 @@ static int prepare(run *r, error_text *e) {
         prepare_normalisation(r, NULL);
     else if (prepare_data(r, kind, e))
         return -1;
-    return vit_model_init(&r->model, &r->config, RT_FP32, e) || prepare_resume(r, e) ||
+    return vit_model_init(&r->model, &r->config, number_type(o->precision), e) || prepare_resume(r, e) ||
                    prepare_plan(r, kind, e) || prepare_same_training(r, e) ||
                    (r->loaded && model_source_check(&r->source, &r->model, e)) || prepare_memory(r, e)
                ? -1
@@ -781,6 +791,7 @@ static int evaluate_and_log(trainer *t, size_t step, size_t epoch) {
 /* Where training stands after `step`, when `used` samples of the epoch's order are. */
 static checkpoint_state training_state(const trainer *t, size_t step, size_t used) {
     const train_options *o = &t->r->o;
+    const dist_scaler *scaler = &t->d.scaler;
     int ended = used + t->r->global_batch > t->r->train.count; /* the epoch */
     checkpoint_state s = {.step = step,
                           .epoch = t->epoch + (size_t)ended,
@@ -796,6 +807,11 @@ static checkpoint_state training_state(const trainer *t, size_t step, size_t use
                           .best_accuracy = t->best_accuracy,
                           .best_saved = t->best_saved,
                           .evaluated = t->evaluated,
+                          .loss_scale = scaler->scale,
+                          .scaler_step = (size_t)scaler->step,
+                          .scaler_overflow = (size_t)(scaler->last_overflow + 1),
+                          .scaler_left = (size_t)scaler->left,
+                          .scaler_skipped = (size_t)scaler->skipped,
                           .options = options_to_json(&train_table, o)};
     snprintf(s.best, sizeof s.best, "%s", t->best);
     return s;
@@ -899,6 +915,7 @@ static int log_step(trainer *t, size_t step, size_t epoch, const dist_result *re
     metrics_add(line, "train_loss", result->loss);
     metrics_add(line, "learning_rate", rate);
     metrics_add(line, "grad_norm", result->gradient_norm);
+    if (t->r->model.type == RT_FP16) metrics_add(line, "loss_scale", result->loss_scale);
     metrics_add(line, "step_time_s", seconds);
     metrics_add(line, "images_per_s", (double)t->r->global_batch / seconds);
     return log_line(t, line);
@@ -950,7 +967,7 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
         dist_end_step(&t->d, &result);
         if (rt_failed(t->rank) || (t->comm.observe && print_schedule(t))) return -1;
         ++*step;
-        if (result.bad_losses || !isfinite(result.gradient_norm))
+        if (!result.overflow && (result.bad_losses || !isfinite(result.gradient_norm)))
             return explain_not_finite(t, steps, *step, &result);
         double now = rt_seconds();
         steps++;
@@ -1105,7 +1122,7 @@ static int log_start(trainer *t) {
     metrics_add_count(line, "parameters", r->model.parameters);
     cJSON_AddStringToObject(line, "strategy", t->d.strategy->name);
     cJSON_AddStringToObject(line, "device", t->d.device->name);
-    cJSON_AddStringToObject(line, "precision", "fp32");
+    cJSON_AddStringToObject(line, "precision", options_choice(&train_table, &r->o, &r->o.precision).text);
     metrics_add_count(line, "steps", r->steps);
     size_t rows = r->config.image_height % r->config.patch_size,
            columns = r->config.image_width % r->config.patch_size;
@@ -1177,6 +1194,11 @@ static size_t begin_at(trainer *t) {
     t->last_accuracy = s->last_accuracy;
     t->best_accuracy = s->best_accuracy;
     t->evaluated = s->evaluated;
+    t->d.scaler.scale = s->loss_scale;
+    t->d.scaler.step = (int64_t)s->scaler_step;
+    t->d.scaler.last_overflow = (int64_t)s->scaler_overflow - 1;
+    t->d.scaler.left = (int64_t)s->scaler_left;
+    t->d.scaler.skipped = (int64_t)s->scaler_skipped;
     if (!r->continues) return s->step;
     t->saved = 1;
     t->best_saved = s->best_saved;
@@ -1467,9 +1489,10 @@ static int compare_prepare(run *r, compare *c, option_text directory, error_text
     const char *data = dataset_kind_names[r->val.kind];
     describe_model(r, c->about[0], sizeof c->about[0]);
     snprintf(c->about[1], sizeof c->about[1],
-             "%s, fp32: %zu steps of %zu images = %zu batch size x %zu accumulation x %zu ranks; "
+             "%s, %s: %zu steps of %zu images = %zu batch size x %zu accumulation x %zu ranks; "
              "gradient reduction %s",
-             data, r->steps, r->global_batch, o->batch_size, o->gradient_accumulation_steps, r->ranks,
+             data, options_choice(&train_table, o, &o->precision).text, r->steps, r->global_batch,
+             o->batch_size, o->gradient_accumulation_steps, r->ranks,
              options_choice(&train_table, o, &o->gradient_reduction).text);
     return compare_open(c, r->ranks, r->steps, e);
 }

@@ -60,7 +60,7 @@ typedef struct {
     size_t batch_size, gradient_accumulation_steps, epochs, max_steps;
 
     /* distribution */
-    int strategy, device, backend, gradient_reduction, matmul, precision;
+    int strategy, device, backend, gradient_reduction, matmul, precision, reduce_dtype;
     size_t nproc_per_node, rendezvous_port, prefetch, activation_checkpointing, threads_per_rank;
     double timeout, bucket_size_mb;
     bool reshard_after_forward, print_schedule;
@@ -223,8 +223,11 @@ static const option train_option_list[] = {
      .help = "print what each rank gathers, sends and frees in the first step"},
     {"distribution", "matmul", OPTION_CHOICE, FIELD(matmul), .preset = "auto",
      .choices = "auto|own|openblas", .help = "matrix product on the CPU"},
-    {"distribution", "precision", OPTION_CHOICE, FIELD(precision), .preset = "fp32",
-     .choices = "fp32|bf16|fp16", .later = "bf16|fp16", .help = "numbers of the model"},
+    {"distribution", "precision", OPTION_CHOICE, FIELD(precision), .of_training = true, .preset = "fp32",
+     .choices = "fp32|bf16|fp16",
+     .help = "numbers of the model; the optimizer's are fp32, and fp16 scales its loss to keep small gradients"},
+    {"distribution", "reduce-dtype", OPTION_CHOICE, FIELD(reduce_dtype), .of_training = true, .note = "the precision",
+     .choices = "fp32|bf16|fp16", .help = "numbers in which ranks add their gradients"},
     {"distribution", "deepspeed-config", OPTION_TEXT, FIELD(deepspeed_config), .value_name = "FILE",
      .not_built_yet = true, .help = "take options from a DeepSpeed configuration"},
     {"distribution", "threads-per-rank", OPTION_SIZE, FIELD(threads_per_rank), .range = "[1, 4096]",

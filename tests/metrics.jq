@@ -55,7 +55,7 @@ check($lines[0].event == "start" and $lines[-1].event == "end"; "first and last 
 
 # start, steps
 check($start.world_size == $N and $start.global_batch_size == $global and $start.steps == $T
-    and $start.strategy == $o.strategy and $start.device == "cpu" and $start.precision == "fp32";
+    and $start.strategy == $o.strategy and $start.device == "cpu" and $start.precision == $o.precision;
     "start: \($start)"),
 check($start.parameters == parameters; "parameters: \($start.parameters), expected \(parameters)"),
 check([$steps[].step] == [range(1; $T + 1) | select(. % $o["log-interval"] == 0 or . == $T)];

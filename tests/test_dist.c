@@ -76,6 +76,131 @@ static void strategies_agree(void **state) {
             }
 }
 
+/* What --precision and --reduce-dtype make of the model's numbers and of the sums of gradients. */
+static const rt_type precisions[][2] = {
+    {RT_BF16, RT_BF16}, {RT_BF16, RT_FP32}, {RT_FP16, RT_FP16}, {RT_FP16, RT_FP32}, {RT_FP32, RT_BF16}};
+enum { PRECISIONS = sizeof precisions / sizeof *precisions };
+
+/* All strategies give the same bits in lower precision too, and they are near those of fp32, of which a bf16 has 8.
+ * In fp16 the first steps may overflow: they are skipped, by all in the same way. */
+static void strategies_agree_in_lower_precision(void **state) {
+    (void)state;
+    for (size_t p = 0; p < PRECISIONS; p++)
+        for (int n = 1; n <= 4; n++)
+            for (size_t accumulation = 1; accumulation <= 3; accumulation += 2)
+                for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY;
+                     reduction++) {
+                    training *reference = training_of("ddp", n, 3, accumulation, reduction);
+                    training *exact = trained(training_of("ddp", n, 3, accumulation, reduction));
+                    reference->type = precisions[p][0], reference->reduce_type = precisions[p][1];
+                    trained(reference);
+                    for (size_t k = 0; k < VARIANTS + (n == 1); k++) {
+                        training *t = training_of(k < VARIANTS ? variants[k].strategy : "single", n, 3,
+                                                  accumulation, reduction);
+                        t->type = precisions[p][0], t->reduce_type = precisions[p][1];
+                        t->threads = 1 + (int)k % 2;
+                        if (k < VARIANTS) {
+                            t->prefetch = variants[k].prefetch;
+                            t->keep_after_forward = variants[k].keep;
+                            t->checkpoint_every = variants[k].checkpoint_every;
+                        }
+                        assert_same_bits(trained(t), reference);
+                        training_free(t);
+                    }
+                    for (size_t i = 0; i < exact->steps && isfinite(reference->norms[i]); i++) {
+                        assert_true(fabs(reference->losses[i] - exact->losses[i]) < 0.01);
+                        assert_true(fabs(reference->norms[i] / exact->norms[i] - 1) < 0.02);
+                    }
+                    assert_memory_not_equal(reference->losses, exact->losses, sizeof(double) * exact->steps);
+                    training_free(reference);
+                    training_free(exact);
+                }
+}
+
+/* Bytes of a precision: parameters of the model's type; gradients of that of the reduction; optimizer state and
+ * master in fp32. */
+static void lower_precision_takes_the_bytes_that_it_should(void **state) {
+    (void)state;
+    for (size_t p = 0; p < PRECISIONS; p++)
+        for (int zero3 = 0; zero3 < 2; zero3++) {
+            const size_t n = 2, type = precisions[p][0] == RT_FP32 ? 4 : 2;
+            const size_t reduced = precisions[p][1] == RT_FP32 ? 4 : 2;
+            training *t = training_of(zero3 ? "zero3" : "ddp", (int)n, 2, 1, DIST_REDUCE_EVERY);
+            t->type = precisions[p][0], t->reduce_type = precisions[p][1];
+            trained(t);
+            size_t P = 0, largest = 0, head = padded(&t->model, t->model.units - 1, n);
+            for (size_t u = 0; u < t->model.units; u++) {
+                size_t count = padded(&t->model, u, n);
+                P += count;
+                if (largest < count) largest = count;
+            }
+            size_t owned = zero3 ? P / n : P;
+            for (size_t r = 0; r < n; r++) {
+                const size_t *bytes = t->ledger[r].bytes;
+                const dist_traffic *traffic = t->traffic[r];
+                assert_int_equal(bytes[RT_PARAMETERS], type * owned);
+                assert_int_equal(bytes[RT_GRADIENTS], reduced * owned + (type != reduced) * type * largest);
+                assert_int_equal(bytes[RT_OPTIMIZER], (type == 2 ? 12 : 8) * owned);
+                if (zero3) { /* half of what passes through it goes over the wire of two ranks */
+                    assert_true(traffic[DIST_REDUCE_SCATTER].wire_bytes == (double)(3 * reduced * P / 2));
+                    assert_true(traffic[DIST_ALL_GATHER].wire_bytes ==
+                                (double)(3 * type * (2 * P - head) / 2));
+                } else {
+                    assert_true(traffic[DIST_ALL_REDUCE].wire_bytes == (double)(3 * reduced * P));
+                }
+            }
+            training_free(t);
+        }
+}
+
+/* An overflow of fp16 is no error: the step is skipped, and the second in a row halves the scale. */
+static void an_overflow_skips_the_step(void **state) {
+    (void)state;
+    training *before = training_of("zero2", 3, 2, 1, 0), *t = training_of("zero2", 3, 2, 1, 0);
+    before->type = t->type = RT_FP16;
+    before->steps = 2;
+    trained(before);
+    t->poison = 1e6; /* which is infinite in fp16 */
+    trained(t);
+    assert_memory_equal(before->weights, t->weights, t->count * sizeof *t->weights);
+    assert_false(isfinite(t->norms[2]));
+    training_free(before);
+    training_free(t);
+}
+
+static void the_loss_scale_follows_deepspeed(void **state) {
+    (void)state;
+    FILE *golden = fopen("tests/golden/loss_scale.txt", "r");
+    assert_non_null(golden);
+    long window = 0, hysteresis = 0, skipped = 0, lines = 0;
+    double initial = 0, least = 0, scale = 0;
+    int overflow = 0, raises = 0;
+    char first[8];
+    dist_scaler s = {0};
+    while (fscanf(golden, "%7s", first) == 1) {
+        lines++;
+        if (!strcmp(first, "new")) {
+            assert_int_equal(fscanf(golden, "%lf%lf%ld%ld", &initial, &least, &window, &hysteresis), 4);
+            s = (dist_scaler){.scale = initial,
+                              .least = least,
+                              .window = window,
+                              .last_overflow = -1,
+                              .hysteresis = hysteresis,
+                              .left = hysteresis};
+            continue;
+        }
+        overflow = !strcmp(first, "over");
+        assert_int_equal(fscanf(golden, "%lf%d%ld", &scale, &raises, &skipped), 3);
+        assert_int_equal(dist_scaler_update(&s, overflow), raises ? -1 : 0);
+        assert_true(s.scale == scale);
+        if (!raises) assert_int_equal(s.skipped, skipped);
+    }
+    assert_true(lines > 2800);
+    fclose(golden);
+    s = dist_scaler_default();
+    assert_true(s.scale == 65536 && s.least == 1 && s.window == 1000 && s.hysteresis == 2 && s.left == 2);
+}
+
 static void sgd_agrees_too(void **state) {
     (void)state;
     for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
@@ -408,6 +533,10 @@ static void impossible_options_are_errors(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(strategies_agree),
+        cmocka_unit_test(strategies_agree_in_lower_precision),
+        cmocka_unit_test(lower_precision_takes_the_bytes_that_it_should),
+        cmocka_unit_test(an_overflow_skips_the_step),
+        cmocka_unit_test(the_loss_scale_follows_deepspeed),
         cmocka_unit_test(sgd_agrees_too),
         cmocka_unit_test(evaluation_between_steps_changes_nothing),
         cmocka_unit_test(not_finite_is_noticed),

@@ -138,6 +138,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "print-schedule",
                            "matmul",
                            "precision",
+                           "reduce-dtype",
                            "threads-per-rank",
                            "output-dir",
                            "resume",
@@ -196,6 +197,7 @@ static void test_defaults(void **state) {
     assert_int_equal(o->strategy, -1);
     assert_int_equal(o->backend, -1);
     assert_int_equal(o->gradient_reduction, -1);
+    assert_int_equal(o->reduce_dtype, -1);
     assert_true(isnan(o->learning_rate) && isnan(o->mlp_ratio));
     assert_true(o->epochs == SIZE_MAX && o->max_steps == SIZE_MAX && o->batch_size == SIZE_MAX);
     assert_true(o->warmup_steps == SIZE_MAX && o->depth == SIZE_MAX && o->limit_train == SIZE_MAX);
@@ -237,6 +239,11 @@ static void test_choices_and_constants_agree(void **state) {
         CASE("--matmul", matmul, "own", CHOICE_MATMUL_OWN),
         CASE("--matmul", matmul, "openblas", CHOICE_MATMUL_OPENBLAS),
         CASE("--precision", precision, "fp32", CHOICE_PRECISION_FP32),
+        CASE("--precision", precision, "bf16", CHOICE_PRECISION_BF16),
+        CASE("--precision", precision, "fp16", CHOICE_PRECISION_FP16),
+        CASE("--reduce-dtype", reduce_dtype, "fp32", CHOICE_PRECISION_FP32),
+        CASE("--reduce-dtype", reduce_dtype, "bf16", CHOICE_PRECISION_BF16),
+        CASE("--reduce-dtype", reduce_dtype, "fp16", CHOICE_PRECISION_FP16),
 #undef CASE
     };
     for (size_t i = 0; i < COUNT(cases); i++) {
@@ -255,8 +262,6 @@ static void test_choices_and_constants_agree(void **state) {
         {"backend", "tcp", CHOICE_BACKEND_TCP},
         {"backend", "mpi", CHOICE_BACKEND_MPI},
         {"backend", "nccl", CHOICE_BACKEND_NCCL},
-        {"precision", "bf16", CHOICE_PRECISION_BF16},
-        {"precision", "fp16", CHOICE_PRECISION_FP16},
     };
     for (size_t i = 0; i < COUNT(later); i++) {
         char word[64], message[128];

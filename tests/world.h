@@ -35,6 +35,7 @@ typedef struct {
     size_t batch, accumulation, steps;
     double bucket_mb, clipping;
     dist_reduction reduction;
+    rt_type type, reduce_type; /* 0: fp32; that of the model */
     dist_optimizer optimizer;
     size_t prefetch, checkpoint_every;
     int keep_after_forward;
@@ -99,6 +100,7 @@ static dist_options options_of(const training *t) {
                           .accumulation = t->accumulation,
                           .bucket_size_mb = t->bucket_mb,
                           .reduction = t->reduction,
+                          .reduce_type = t->reduce_type,
                           .optimizer = t->optimizer,
                           .prefetch = t->prefetch,
                           .keep_after_forward = t->keep_after_forward,
@@ -186,7 +188,7 @@ static int train_rank(rt_rank *rank, void *argument) {
 static void train_world(training *t, const vit_config *config) {
     rt_world world;
     error_text e;
-    assert_int_equal(vit_model_init(&t->model, config, RT_FP32, &e), 0);
+    assert_int_equal(vit_model_init(&t->model, config, t->type ? t->type : RT_FP32, &e), 0);
     t->count = 0;
     for (size_t u = 0; u < t->model.units; u++) t->count += t->model.unit[u].count;
     t->weights = calloc(t->count, sizeof *t->weights);
