@@ -2,12 +2,14 @@
 # make demo    installs what is missing, builds, and trains a small ViT on two local ranks
 # make test    installs what the tests need, builds, and runs every test that needs no GPU
 # make bench   times operations, decoding, and two ranks against one process; prints fractions and ratios
+# make test-gpu  the tests that need an NVIDIA GPU; without one it says so
 # make bench-pytorch  times training steps against PyTorch and timm, which it installs, in turn
 
 CC       := gcc
 CFLAGS   := -O3 -g -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math
 WARNINGS := -Wall -Wextra -Werror
 PREFIX   := /usr/local
+CUDA_ARCHS := 90 # of the GPUs that vit_cuda.cu is compiled for: 80 A100, 90 H100 and H200, 100 B200
 override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
@@ -18,11 +20,11 @@ FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
 .SECONDARY:
-.PHONY: demo test test-built test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format install
-.PHONY: clean
+.PHONY: demo test test-built test-gpu test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format
+.PHONY: install clean cuda-archs
 
-# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS. Goals that build nothing
-# themselves do not ask.
+# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, NVCC, CUDA_CFLAGS, CUDA_LIBS.
+# Goals that build nothing themselves do not ask.
 NO_PROBE := demo test fuzz test-sanitize bench-gpu validate format clean
 ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
 include build/config.mk
@@ -49,8 +51,20 @@ flavour       = $(notdir $(patsubst %/,%,$(dir $@)))
 build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
 	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
 
+build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o)
+build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS)
+build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS)
 build/plain/train build/asan/train build/tsan/train: build/%/train: train.c build/%/vit_cpu.o $(HEADERS)
 	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o -o $@ $($*_LIBS)
+
+# Machine code for each of CUDA_ARCHS, and PTX of the last, which newer GPUs translate.
+gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) \
+    -gencode arch=compute_$(lastword $(1)),code=compute_$(lastword $(1))
+NVCCFLAGS := -O3 -std=c++20 -I. -Xcompiler -Wall,-Wextra -Werror all-warnings
+build/cuda/vit_cuda.o: vit_cuda.cu vit.h runtime.h base.h build/config.mk | build/cuda/
+	$(NVCC) $(NVCCFLAGS) $(call gencode,$(CUDA_ARCHS)) -c $< -o $@
+cuda-archs: build/config.mk | build/cuda/
+	$(NVCC) $(NVCCFLAGS) $(call gencode,80 90 100) -c vit_cuda.cu -o build/cuda/all.o
 
 train: build/plain/train
 	@cp --remove-destination $< $@
@@ -73,6 +87,13 @@ build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard t
 endef
 $(foreach f,plain asan tsan,$(eval $(call test_rule,$(f))))
 
+# test_ops: vit_cuda beside vit_cpu.
+GPU_TESTS := build/cuda/test_ops build/cuda/test_cuda
+$(GPU_TESTS): $(HEADERS) $(wildcard tests/*.h)
+$(GPU_TESTS): build/cuda/%: tests/%.c build/plain/vit_cpu.o build/cuda/vit_cuda.o
+	$(CC) $(CFLAGS) $(plain_CFLAGS) $(CUDA_CFLAGS) $< $(filter %.o,$^) -o $@ -lcmocka $(plain_LIBS) \
+	    $(CUDA_LIBS)
+
 build/plain/test_image_stb: tests/test_image.c $(HEADERS) build/config.mk # the fallback for JPEGs
 	$(CC) $(test_flags) -UHAVE_JPEG $< -o $@ -lcmocka $(plain_LIBS)
 
@@ -90,6 +111,9 @@ test:
 	@$(MAKE) --no-print-directory test-built
 test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
+
+test-gpu: train $(if $(NVCC),$(GPU_TESTS))
+	@tests/run.sh $(if $(NVCC),$(GPU_TESTS)) tests/test_gpu.sh
 
 # The long ones: every test under both.
 LONG := $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%)
@@ -129,7 +153,7 @@ docs: train
 # ------------------------------------------------------------------------------------------------ the rest
 
 format:
-	clang-format -i *.c *.h io/*.h data/*.h tests/*.c tests/*.h
+	clang-format -i *.c *.h *.cu io/*.h data/*.h tests/*.c tests/*.h
 
 install: train
 	install -D train $(DESTDIR)$(PREFIX)/bin/vit-train

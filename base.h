@@ -39,12 +39,19 @@ static inline int size_multiply(size_t a, size_t b, size_t *product) {
     return __builtin_mul_overflow(a, b, product) ? -1 : 0;
 }
 
+/* What the kernels of vit_cuda.cu call too. */
+#ifdef __CUDACC__
+#define BASE_INLINE static inline __host__ __device__
+#else
+#define BASE_INLINE static inline
+#endif
+
 /* What a random stream is for: the second word of its key. */
 enum { RANDOM_INITIALISATION = 1, RANDOM_SHUFFLE, RANDOM_AUGMENTATION, RANDOM_DROP_PATH, RANDOM_SYNTHETIC };
 
 /* A bijection of 64 bits in which every input bit flips about half of the output bits (SplitMix64's
  * finaliser, Steele, Lea and Flood 2014, with Stafford's "Mix13" constants). */
-static inline uint64_t random_mix(uint64_t x) {
+BASE_INLINE uint64_t random_mix(uint64_t x) {
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     return x ^ (x >> 31);
@@ -58,12 +65,12 @@ static inline uint64_t random_key(uint64_t seed, uint64_t what, uint64_t a, uint
 }
 
 /* The i-th 64 random bits of a stream. */
-static inline uint64_t random_bits(uint64_t key, uint64_t i) {
+BASE_INLINE uint64_t random_bits(uint64_t key, uint64_t i) {
     return random_mix(key + (i + 1) * 0x9E3779B97F4A7C15u);
 }
 
 /* Uniform in [0, 1), a multiple of 2^-53. */
-static inline double random_uniform(uint64_t key, uint64_t i) {
+BASE_INLINE double random_uniform(uint64_t key, uint64_t i) {
     return (double)(random_bits(key, i) >> 11) * 0x1p-53;
 }
 

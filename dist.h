@@ -417,6 +417,7 @@ typedef struct {
     dist_call call[DIST_GROUP];
     size_t calls;
     double ready;
+    rt_event posted; /* on a device that runs behind the host: the stream's end when the rank posted */
     uint64_t sequence;
 } dist__part;
 
@@ -579,6 +580,24 @@ static void dist__execute(dist_hub *hub, dist__meeting *m, size_t i, const dist_
     comm->device->sum_buffers(s, to, n_to, from, n_from);
 }
 
+/* Where operations run behind the host, the executing rank's stream waits for what the others' streams held when
+ * they posted, and theirs wait for what it launches. So all this is no more than launched, too. */
+static void dist__begin_on_device(const dist_hub *hub, dist__meeting *m, rt_stream *s) {
+    for (int r = 0; r < hub->size && s->rank->wait; r++)
+        if (m->part[r].rank && m->part[r].rank != s->rank) s->rank->wait(s, &m->part[r].posted);
+}
+
+static void dist__end_on_device(const dist_hub *hub, dist__meeting *m, rt_stream *s) {
+    rt_event end;
+    if (s->rank->record) s->rank->record(s, &end);
+    for (int r = 0; r < hub->size && s->rank->record; r++) {
+        rt_rank *rank = m->part[r].rank;
+        rt_stream *theirs = rank ? &rank->stream[m->part[r].call[0].stream] : NULL;
+        if (rank && rank != s->rank) rank->wait(theirs, &end);
+        for (size_t i = 0; i < m->part[r].calls; i++) rank->record(theirs, m->part[r].call[i].done);
+    }
+}
+
 static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) {
     dist_hub *hub = comm->shared;
     rt_rank *rank = comm->rank;
@@ -586,6 +605,8 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
     int pair = calls[0].op == DIST_SEND || calls[0].op == DIST_RECV;
     uint64_t *counter =
         pair ? &comm->pair_sequence[2 * calls[0].peer + (calls[0].op == DIST_RECV)] : &comm->sequence;
+    rt_event posted = {0};
+    if (rank->record) rank->record(s, &posted); /* it may fail, and that takes the lock */
     pthread_mutex_lock(&rank->world->lock);
     dist__meeting *m = NULL;
     /* asked again under the lock: after a failure the others leave, and take along what they brought */
@@ -600,7 +621,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         return;
     }
     dist__part *part = &m->part[comm->index];
-    *part = (dist__part){.rank = rank, .calls = n, .sequence = (*counter)++};
+    *part = (dist__part){.rank = rank, .calls = n, .posted = posted, .sequence = (*counter)++};
     part->ready = s->time > rank->stream[RT_HOST].time ? s->time : rank->stream[RT_HOST].time;
     for (size_t i = 0; i < n; i++) {
         part->call[i] = calls[i];
@@ -634,7 +655,9 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         rank->world->executing++;
         pthread_mutex_unlock(&rank->world->lock);
         double start = rt_seconds();
+        dist__begin_on_device(hub, m, s);
         for (size_t i = 0; i < n; i++) dist__execute(hub, m, i, comm);
+        dist__end_on_device(hub, m, s);
         double seconds = rt_seconds() - start;
         rank->communication_s += seconds;
         pthread_mutex_lock(&rank->world->lock);
@@ -1260,7 +1283,7 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
 }
 
 void dist_close(dist *d) {
-    rt_event end;
+    rt_event end = {0};
     if (d->rank) rt_record(d->rank, RT_COMMUNICATION, &end); /* slower ranks may need what this one posted */
     for (size_t u = 0; d->shard && u < d->model->units; u++)
         for (int i = 0; i < 3; i++)
@@ -1402,7 +1425,7 @@ void dist_import(dist *d, size_t u, const float *values) {
 
 void dist_export(dist *d, size_t u, float *values) {
     size_t held = dist__held(d, u);
-    rt_event posted; /* new parameters may still be on their way */
+    rt_event posted = {0}; /* new parameters may still be on their way */
     rt_record(d->rank, RT_COMMUNICATION, &posted);
     rt_wait(d->rank, RT_COMPUTE, &posted);
     rt_block master = dist__own(d, u, d->shard[u].master);

@@ -24,7 +24,13 @@
 
 #include "base.h"
 #include <pthread.h>
+#ifdef __cplusplus /* vit_cuda.cu, which includes <atomic> first */
+using std::atomic_int;
+using std::atomic_load_explicit;
+using std::memory_order_relaxed;
+#else
 #include <stdatomic.h>
+#endif
 
 /* --------------------------------------------------------------------------------------- types and blocks */
 
@@ -70,6 +76,7 @@ typedef struct rt_event {
     uint64_t clock[RT_STREAMS]; /* what has happened before it */
     int recorded;               /* 0: never used; waiting for it is no wait */
     int done;                   /* under world->lock while a collective is to complete it */
+    void *device;               /* the same point for a device that runs behind the host: its own event */
 } rt_event;
 
 typedef struct rt_stream {
@@ -102,6 +109,7 @@ const char *rt_category_name(rt_category category);
 
 typedef struct {
     size_t bytes[RT_CATEGORIES], peak_bytes[RT_CATEGORIES], total_bytes, total_peak_bytes;
+    size_t allocations; /* made so far: a device may round each one up */
 } rt_ledger;
 
 /* A zeroed block of device memory that the ledger counts, with `tracks` pieces for the checker (at least 1).
@@ -130,6 +138,10 @@ typedef struct rt_rank {
     void *device;                                      /* the device's own state of this rank */
     void *(*allocate)(struct rt_rank *, size_t bytes); /* zeroed, 64-byte aligned; NULL: no more */
     void (*release)(struct rt_rank *, void *, size_t bytes);
+    /* Where operations run behind the host: the same as rt_record and rt_wait on the device's own streams. NULL:
+     * they have run when their call returns. record may be called by another rank's thread, too. */
+    void (*record)(rt_stream *, rt_event *);
+    void (*wait)(rt_stream *, rt_event *);
     double communication_s; /* wall-clock seconds spent in collectives or waiting for them */
     double flops, bytes;    /* done by its operations so far */
     double op_start;
@@ -398,6 +410,7 @@ void rt_record(rt_rank *rank, int stream, rt_event *event) {
     event->time = s->time;
     memcpy(event->clock, s->clock, sizeof event->clock);
     event->recorded = event->done = 1;
+    if (rank->record) rank->record(s, event);
 }
 
 void rt_wait(rt_rank *rank, int stream, rt_event *event) {
@@ -405,6 +418,7 @@ void rt_wait(rt_rank *rank, int stream, rt_event *event) {
     if (!event->recorded || rt__complete(rank, event)) return;
     if (s->time < event->time) s->time = event->time;
     rt__merge(s->clock, event->clock);
+    if (rank->wait) rank->wait(s, event);
 }
 
 /* --------------------------------------------------------------------------------------------- operations */
@@ -502,6 +516,7 @@ rt_block rt_alloc(rt_rank *rank, rt_category category, rt_type type, size_t coun
         rt__out_of_memory(rank, category, bytes);
         return (rt_block){.type = type};
     }
+    l->allocations++;
     l->bytes[category] += bytes;
     l->total_bytes += bytes;
     if (l->peak_bytes[category] < l->bytes[category]) l->peak_bytes[category] = l->bytes[category];

@@ -32,6 +32,7 @@
 typedef struct run {
     train_options o;
     size_t command; /* COMMAND_TRAIN, COMMAND_EVAL or COMMAND_PREDICT */
+    const vit_device *device;
     dataset train, val;
     sample_format format; /* of images in evaluation; training differs in the augmentation */
     vit_config config;
@@ -385,11 +386,47 @@ static dist_options distribution(const run *r) {
                           .counts = counts > totals ? counts : totals};
 }
 
+/* The device that --device names. */
+static int prepare_device(run *r, error_text *e) {
+    const train_options *o = &r->o;
+    r->device = &vit_cpu;
+    if (o->device == CHOICE_DEVICE_CPU) return 0;
+#ifdef HAVE_CUDA
+    r->device = &vit_cuda;
+    if (o->nproc_per_node > 1 && o->backend != CHOICE_BACKEND_LOCAL)
+        return error_set(
+            e,
+            "--device cuda: found %zu ranks, expected 1, or --backend local, with which ranks share "
+            "GPUs (nccl, one process a GPU, is not built yet)",
+            o->nproc_per_node);
+    double unused, total;
+    return vit_cuda.memory((int)o->nproc_per_node, &unused, &total, e);
+#else
+    return error_set(e, "--device cuda: this program was not built with CUDA (make found no nvcc)");
+#endif
+}
+
+/* Opens the device for a rank. */
+static int open_device(const run *r, rt_rank *rank, error_text *e) {
+    rank->threads = (int)r->o.threads_per_rank;
+    if (r->device->open(rank, e)) return -1;
+    return r->device == &vit_cpu ? vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, e) : 0;
+}
+
+/* Bytes of memory that the ranks of this process may have. */
+static double available_bytes(const run *r) {
+    double unused = 0, total;
+    error_text ignored;
+    if (!r->device->memory) return report_available_bytes();
+    r->device->memory((int)r->ranks, &unused, &total, &ignored);
+    return unused;
+}
+
 /* What cannot fit is refused at once: a system that promises memory that it has not kills who uses it. */
 static int prepare_memory(run *r, error_text *e) {
     dist_options d = distribution(r);
-    double needed, has = report_available_bytes();
-    if (report_needed_bytes(&vit_cpu, &r->model, &d, (int)r->ranks, &needed, e)) return -1;
+    double needed, has = available_bytes(r);
+    if (report_needed_bytes(r->device, &r->model, &d, (int)r->ranks, &needed, e)) return -1;
     r->out_of_memory = needed > has;
     if (!r->out_of_memory) return 0;
     return error_set(e, "out of memory: %zu rank%s of strategy %s need %.3f GB, of %.3f GB that there is",
@@ -419,7 +456,7 @@ static int prepare(run *r, error_text *e) {
     quoted dataset = options_choice(&train_table, o, &o->dataset);
     int predicting = r->command == COMMAND_PREDICT;
     if (!predicting && dataset_choose(dataset.text, *o->data_path ? o->data_path : NULL, &kind, e)) return -1;
-    if (prepare_config(r, kind, e) || prepare_label_names(r, e)) return -1;
+    if (prepare_device(r, e) || prepare_config(r, kind, e) || prepare_label_names(r, e)) return -1;
     if (predicting)
         prepare_normalisation(r, NULL);
     else if (prepare_data(r, kind, e))
@@ -975,6 +1012,18 @@ static int train_epoch(trainer *t, size_t *step) {
     return status;
 }
 
+/* Beside the ledger, what the device itself says of its memory. all [ranks, length]: totals of every rank. */
+static void report_card(const trainer *t, const int64_t *all, size_t length) {
+    double unused, total, ledger = 0;
+    error_text e;
+    if (!t->r->device->memory || t->r->device->memory((int)t->r->ranks, &unused, &total, &e)) return;
+    for (size_t k = 0; k < t->r->ranks; k++)
+        for (int c = 0; c < RT_CATEGORIES; c++) ledger += (double)all[length * k + 2 * (size_t)c];
+    fprintf(stderr, "%-16s %14.0f\n%-16s %14.0f\n%-16s %14.0f  %s\n", "GPU, in use", total - unused,
+            "ledger, all ranks", ledger, "difference", total - unused - ledger,
+            "context, kernels, cuBLASLt's workspace, scratch, other programs");
+}
+
 /* One `memory` line a rank and one `communication` line a rank and operation. */
 static int log_totals(trainer *t, size_t steps) {
     enum { MEMORY = 2 * RT_CATEGORIES + 1, LENGTH = MEMORY + 3 * DIST_OPS };
@@ -1000,6 +1049,7 @@ static int log_totals(trainer *t, size_t steps) {
         dist_formula formula = dist_formula_of(&t->d);
         fprintf(stderr, "rank 0 of %zu:\n", N);
         report_memory(stderr, &t->rank->ledger, &formula);
+        report_card(t, all, LENGTH);
         report_traffic(stderr, traffic, steps, &formula);
     }
     for (size_t k = 0; k < N && is_first(t) && !failed; k++) {
@@ -1089,7 +1139,7 @@ static int log_start(trainer *t) {
             r->train.count, r->val.count);
     fprintf(stderr, "strategy %s on %zu rank%s of %zu thread%s, %s\n", t->d.strategy->name, r->ranks,
             r->ranks > 1 ? "s" : "", o->threads_per_rank, o->threads_per_rank > 1 ? "s" : "",
-            vit_cpu_description(t->rank));
+            r->device->description(t->rank));
     fprintf(stderr, "global batch %zu = %zu batch size x %zu accumulation x %zu ranks; %zu steps\n",
             r->global_batch, o->batch_size, o->gradient_accumulation_steps, r->ranks, r->steps);
     if (*r->resumed) say_resumed(t);
@@ -1118,7 +1168,7 @@ static int write_config(trainer *t) {
                             ", OpenBLAS"
 #endif
     );
-    cJSON_AddStringToObject(about, "matrix_product", vit_cpu_description(t->rank));
+    cJSON_AddStringToObject(about, "matrix_product", r->device->description(t->rank));
     cJSON_AddNumberToObject(about, "threads", (double)r->o.threads_per_rank);
     cJSON_AddItemToObject(root, "run", about);
     char *text = cJSON_Print(root);
@@ -1224,6 +1274,21 @@ static int train_loop(trainer *t) {
     return 0;
 }
 
+/* Sets aside the memory that this rank will need, where the device does that. */
+static int reserve_memory(run *r, rt_rank *rank, const dist_options *options) {
+    rt_ledger needs;
+    error_text e;
+    if (!r->device->reserve) return 0;
+    if (dist_estimate(r->device, &r->model, options, (int)r->ranks, rank->rank, &needs, &e))
+        return rt_fail(rank, "%s", e.text);
+    if (!r->device->reserve(rank, &needs, &e)) return 0;
+    rt_fail(rank, "%s", e.text);
+    pthread_mutex_lock(&rank->world->lock);
+    rank->world->out_of_memory = 1;
+    pthread_mutex_unlock(&rank->world->lock);
+    return -1;
+}
+
 /* What every rank does from its first moment to its last. */
 static int rank_body(rt_rank *rank, void *argument) {
     run *r = argument;
@@ -1231,16 +1296,18 @@ static int rank_body(rt_rank *rank, void *argument) {
     size_t B = o->batch_size, V = r->model.V;
     trainer t = {.r = r, .rank = rank, .metrics.fd = -1};
     error_text e = {{0}};
-    rank->threads = (int)o->threads_per_rank;
-    if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, (vit_matmul)o->matmul, &e))
-        return rt_fail(rank, "%s", e.text);
+    if (open_device(r, rank, &e)) return rt_fail(rank, "%s", e.text);
     dist_options d = distribution(r);
+    if (reserve_memory(r, rank, &d)) {
+        r->device->close(rank);
+        return -1;
+    }
     t.order = calloc(r->train.count + 1, sizeof *t.order);
     t.logits = calloc(B, V * sizeof *t.logits);
     t.losses = calloc(B, sizeof *t.losses);
     if (!t.order || !t.logits || !t.losses) {
         rt_fail(rank, "rank %d: out of memory for batches of %zu images", rank->rank, B);
-    } else if (!dist_comm_open(&t.comm, r->hub, rank, &vit_cpu)) {
+    } else if (!dist_comm_open(&t.comm, r->hub, rank, r->device)) {
         int failed = dist_open(&t.d, &t.comm, &r->model, &d, &e);
         if (!failed && *r->resumed)
             failed = checkpoint_load(&t.d, r->resumed, &e);
@@ -1262,7 +1329,7 @@ static int rank_body(rt_rank *rank, void *argument) {
     }
     metrics_close(&t.metrics);
     dist_comm_close(&t.comm);
-    vit_cpu.close(rank);
+    r->device->close(rank);
     free(t.order);
     free(t.logits);
     free(t.losses);
@@ -1299,7 +1366,7 @@ static int prepare_output(run *r, error_text *e) {
 /* Runs body(rank, r) as every rank. -1: e and perhaps *table, for the caller to free, say why. */
 static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char **table) {
     rt_world world;
-    if (rt_world_init(&world, (int)r->ranks, RT_CHECK))
+    if (rt_world_init(&world, (int)r->ranks, r->device->memory ? 0 : RT_CHECK))
         return error_set(e, "out of memory for %zu ranks", r->ranks);
     int failed = -1;
     if ((r->hub = dist_hub_create(&world)))
@@ -1320,12 +1387,10 @@ static int env_body(rt_rank *rank, void *argument) {
     run *r = argument;
     error_text e;
     dist_comm comm;
-    rank->threads = (int)r->o.threads_per_rank;
-    if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, &e))
-        return rt_fail(rank, "%s", e.text);
+    if (open_device(r, rank, &e)) return rt_fail(rank, "%s", e.text);
     if (rank->rank == 0)
-        printf("threads per rank   %d\nmatrix product     %s\n", rank->threads, vit_cpu_description(rank));
-    if (r->ranks > 1 && !dist_comm_open(&comm, r->hub, rank, &vit_cpu)) {
+        printf("threads per rank   %d\nmatrix product     %s\n", rank->threads, r->device->description(rank));
+    if (r->ranks > 1 && !dist_comm_open(&comm, r->hub, rank, r->device)) {
         if (rank->rank == 0)
             printf("\nall-reduce over %zu ranks (fp32, local transport)\n%12s %12s %14s %14s\n", r->ranks,
                    "bytes", "time us", "algorithm GB/s", "bus GB/s");
@@ -1334,9 +1399,12 @@ static int env_body(rt_rank *rank, void *argument) {
             double best = 1e30, n = (double)r->ranks, bytes = 4. * (double)count;
             rt_event done = {0};
             rt_block x = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_FP32, count, 1);
+            rt_stream *s = &rank->stream[RT_COMMUNICATION];
+            float *values = malloc(count * sizeof *values);
+            if (!values) rt_fail(rank, "rank %d: out of memory", rank->rank);
             for (int round = 0; round < ROUNDS && !rt_failed(rank); round++) {
-                for (size_t i = 0; i < count; i++)
-                    ((float *)x.data)[i] = (float)(i % 1024) + (float)rank->rank;
+                for (size_t i = 0; i < count; i++) values[i] = (float)(i % 1024) + (float)rank->rank;
+                r->device->copy_in(s, x, values);
                 dist_post(&comm,
                           &(dist_call){
                               .op = DIST_BARRIER, .unit = "env", .stream = RT_COMMUNICATION, .done = &done});
@@ -1350,36 +1418,45 @@ static int env_body(rt_rank *rank, void *argument) {
                                               .done = &done});
                 rt_wait(rank, RT_HOST, &done);
                 if (rt_seconds() - start < best) best = rt_seconds() - start;
+                if (!rt_failed(rank)) r->device->copy_out(s, values, x);
                 for (size_t i = 0; i < count && !rt_failed(rank); i++) {
                     float expected =
                         (float)r->ranks * (float)(i % 1024) + (float)(r->ranks * (r->ranks - 1) / 2);
-                    if (((float *)x.data)[i] != expected)
+                    if (values[i] != expected)
                         rt_fail(rank, "all-reduce of %zu elements: found %g at %zu on rank %d, expected %g",
-                                count, (double)((float *)x.data)[i], i, rank->rank, (double)expected);
+                                count, (double)values[i], i, rank->rank, (double)expected);
                 }
             }
             if (rank->rank == 0)
                 printf("%12.0f %12.1f %14.2f %14.2f\n", bytes, 1e6 * best, 1e-9 * bytes / best,
                        1e-9 * bytes / best * 2 * (n - 1) / n);
             rt_free(rank, RT_COMMUNICATION_BUFFERS, &x);
+            free(values);
         }
         dist_comm_close(&comm);
     }
-    vit_cpu.close(rank);
+    r->device->close(rank);
     return 0;
 }
+
+#ifdef HAVE_CUDA
+#define ENV_CUDA ", cuda"
+#else
+#define ENV_CUDA " (not built with cuda)"
+#endif
 
 static int command_env(run *r, error_text *e, char **table) {
     struct utsname host;
     size_t cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN);
     uname(&host);
     r->ranks = r->o.nproc_per_node;
+    if (prepare_device(r, e)) return -1;
     if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > r->ranks ? cores / r->ranks : 1;
     printf("version            %s\nhost               %s, %s %s\ncores              %zu\nmemory             "
            "%.1f GB\n",
            TRAIN_VERSION, host.nodename, host.sysname, host.machine, cores,
            1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
-    printf("devices            cpu (cuda is not built yet)\nbackends           local (tcp, mpi and nccl are "
+    printf("devices            cpu" ENV_CUDA "\nbackends           local (tcp, mpi and nccl are "
            "not built yet)\n");
     return run_ranks(r, env_body, e, table);
 }
@@ -1583,7 +1660,7 @@ int main(int argc, char **argv) {
                 table ? table : "");
     if (status && r->out_of_memory) {
         dist_options d = distribution(r);
-        report_advice(stderr, &vit_cpu, &r->model, &d, (int)r->ranks, report_available_bytes());
+        report_advice(stderr, r->device, &r->model, &d, (int)r->ranks, available_bytes(r));
     }
     for (size_t i = 0; r->schedules && i < r->ranks; i++) free(r->schedules[i].entry);
     free(r->schedules);

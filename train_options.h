@@ -199,7 +199,7 @@ static const option train_option_list[] = {
     {"distribution", "nproc-per-node", OPTION_SIZE, FIELD(nproc_per_node), .range = "[1, 4096]",
      .preset = "1", .help = "ranks that the program starts itself"},
     {"distribution", "device", OPTION_CHOICE, FIELD(device), .preset = "cpu", .choices = "cpu|cuda",
-     .later = "cuda", .help = "what computes"},
+     .help = "what computes"},
     {"distribution", "backend", OPTION_CHOICE, FIELD(backend), .note = "local for ranks of one program",
      .choices = "local|tcp|mpi|nccl", .later = "tcp|mpi|nccl", .help = "what communicates"},
     {"distribution", "rendezvous-port", OPTION_SIZE, FIELD(rendezvous_port), .range = "[1, 65535]",

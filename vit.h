@@ -191,16 +191,27 @@ typedef struct vit_device {
      * A `to` may be one of `from`. Called by the rank that executes, on memory of
      * all ranks. */
     void (*sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from);
+
+    /* What computes for an open rank, for the user to read: "own product, AVX-512 14x32". */
+    const char *(*description)(const rt_rank *rank);
+
+    /* Only of devices with memory of their own, else NULL. Bytes of it that are free, and that there are, where
+     * `ranks` ranks of this process would compute; -1: they cannot, and why. */
+    int (*memory)(int ranks, double *unused, double *total, error_text *e);
+    /* Sets aside, at once, the memory that rt_alloc will hand out from now on: that of this ledger (from
+     * dist_estimate). -1: there is not so much. */
+    int (*reserve)(rt_rank *rank, const rt_ledger *ledger, error_text *e);
 } vit_device;
 
 #define VIT_LOSS_UNIT 0x1p-36 /* losses are summed over samples and ranks as integers of this unit */
 
 /* The factor of one branch of one sample: 0 or 1 / (1 - rate). Shared by all devices. */
-static inline double vit_drop_path_factor(uint64_t sample_key, uint64_t salt, double rate) {
+BASE_INLINE double vit_drop_path_factor(uint64_t sample_key, uint64_t salt, double rate) {
     return random_uniform(sample_key, salt) < rate ? 0.0 : 1.0 / (1.0 - rate);
 }
 
-extern const vit_device vit_cpu; /* vit_cpu.c */
+extern const vit_device vit_cpu;  /* vit_cpu.c */
+extern const vit_device vit_cuda; /* vit_cuda.cu; only where nvcc was found */
 
 /* How a CPU rank multiplies matrices; with how many threads, rt_rank.threads says. */
 typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul;

@@ -1233,5 +1233,5 @@ const vit_device vit_cpu = {
     .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
     .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
-    .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
+    .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers, .description = vit_cpu_description,
 };

@@ -48,9 +48,18 @@ else
     row OpenBLAS "not found" "--matmul own only"
 fi
 cuda=${CUDA_HOME:-/usr/local/cuda}
-found="not found"
-if [ -x "$cuda/bin/nvcc" ] || command -v nvcc >/dev/null; then found=found; fi
-row CUDA "$found" "--device cuda is not built yet"
+nvcc=$cuda/bin/nvcc
+if [ ! -x "$nvcc" ] && command -v nvcc >/dev/null; then
+    nvcc=$(command -v nvcc)
+    cuda=${nvcc%/bin/nvcc}
+fi
+libs="-L$cuda/lib64 -Wl,-rpath,$cuda/lib64 -lcublasLt -lcudart -lstdc++"
+if [ -x "$nvcc" ] && try cublasLt.h "-I$cuda/include $libs"; then
+    row CUDA found "--device cuda"
+    printf 'NVCC := %s\nCUDA_CFLAGS := -DHAVE_CUDA\nCUDA_LIBS := %s\n' "$nvcc" "$libs" >>"$output"
+else
+    row CUDA "not found" "no --device cuda: it needs nvcc and cuBLASLt"
+fi
 found="not found"
 if try nccl.h "-I$cuda/include -L$cuda/lib64 -lnccl"; then found=found; fi
 row NCCL "$found" "--backend nccl is not built yet"

@@ -479,6 +479,11 @@ static void NAIVE_OP(sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to,
     }
 }
 
+static const char *NAIVE_OP(description)(const rt_rank *rank) {
+    (void)rank;
+    return "naive";
+}
+
 static const vit_device NAIVE = {
     .name = "naive",
     .types = 1u << (sizeof(REAL) == 8 ? RT_FP64 : RT_FP32),
@@ -509,6 +514,7 @@ static const vit_device NAIVE = {
     .cast = NAIVE_OP(cast),
     .add = NAIVE_OP(add),
     .sum_buffers = NAIVE_OP(sum_buffers),
+    .description = NAIVE_OP(description),
 };
 
 #undef NAIVE_PASTE

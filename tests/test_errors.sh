@@ -114,11 +114,15 @@ usage "eval without a model" "eval: found no --checkpoint" eval
 for command in simulate plan; do
     usage "$command is of later" "$command is not built yet" $command
 done
-for option in "device cuda" "backend tcp" trace "augmentation imagenet" \
+for option in "backend tcp" trace "augmentation imagenet" \
     "mixup 0.2" "timeout 5" "deepspeed-config x" "cluster p5"; do
     # shellcheck disable=SC2086
     usage "--$option is of later" "--${option%%[ =]*}.* is not built yet" --$option
 done
+
+if "$train" env --device cuda >"$work/stdout" 2>&1; then skip "usage: no GPU" "there is one"; else
+    refused "no GPU" "(no CUDA device|CUDA driver is too old|not built with CUDA)" --device cuda --backend local
+fi
 
 compared() { name=$1 pattern=$2; shift 2; usage "compare: $name" "$pattern" compare "$@"; }
 compared "no strategies" "compare: found no --strategies, expected names such as ddp,zero3"
@@ -164,7 +168,7 @@ config "an unknown choice" "strategy: found 'dpp', .*did you mean (dp|ddp)" '{"s
 config "a number for a switch" "quiet: found a number, expected true or false" '{"quiet": 1}'
 config "two numbers of three" "mean: found" '{"mean": [1, 2]}'
 config "of later" "trace is not built yet" '{"trace": true}'
-config "a device of later" "device cuda is not built yet" '{"device": "cuda"}'
+config "a backend of later" "backend mpi is not built yet" '{"backend": "mpi"}'
 config "another file" "found config, expected no further file" '{"config": "x"}'
 config "bytes that are no text" "found bytes that are not UTF-8" "$(printf '{"model": "\377"}')"
 config "unknown key of a run" "unknown option .?wings.?" '{"options": {"wings": 2}, "run": {}}'

@@ -259,7 +259,6 @@ static void test_choices_and_constants_agree(void **state) {
         int expected;
     } later[] = {
         {"augmentation", "imagenet", CHOICE_AUGMENTATION_IMAGENET},
-        {"device", "cuda", CHOICE_DEVICE_CUDA},
         {"backend", "tcp", CHOICE_BACKEND_TCP},
         {"backend", "mpi", CHOICE_BACKEND_MPI},
         {"backend", "nccl", CHOICE_BACKEND_NCCL},
@@ -387,7 +386,7 @@ static void test_bad_command_lines(void **state) {
          "--strategy: found 'ddpp', expected one of single|dp|ddp|zero1|zero2|zero3|fsdp; did you mean ddp"},
         {{"--dataset=mnist|cifar10"}, "--dataset: found 'mnist|cifar10', expected one of auto|digits|"},
         {{"--dataset="}, "--dataset: found '', expected one of auto|digits|"},
-        {{"--device", "cuda"}, "--device cuda is not built yet"},
+        {{"--backend", "nccl"}, "--backend nccl is not built yet"},
         {{"--activation-checkpointing=0"},
          "--activation-checkpointing: found '0', expected none, or a whole number in [1, inf)"},
         {{"--activation-checkpointing=x"}, "--activation-checkpointing: found 'x', expected none, or"},
@@ -574,7 +573,7 @@ static void test_configuration_knows_what_is_not_built(void **state) {
         {"{\"mixup\": 0.8}", "f.json: mixup is not built yet"},
         {"{\"cluster\": \"p5\"}", "f.json: cluster is not built yet"},
         {"{\"trace\": true}", "f.json: trace is not built yet"},
-        {"{\"device\": \"cuda\"}", "f.json: device cuda is not built yet"},
+        {"{\"backend\": \"nccl\"}", "f.json: backend nccl is not built yet"},
     };
     for (size_t i = 0; i < COUNT(texts); i++) {
         assert_int_equal(parse_text(p, texts[i][0]), -1);

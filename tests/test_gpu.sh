@@ -1,0 +1,53 @@
+#!/bin/sh
+# What only a machine with an NVIDIA GPU can show: every strategy on ranks that share one. tests/test_gpu.sh [BUILD]
+# Prints "ok", "not ok" or "skip" before the name of each case. Needs jq.
+set -u
+. tests/lib.sh
+
+if ! "$train" env --device cuda >"$work/env" 2>&1; then
+    skip "strategies on a GPU" "$(tail -1 "$work/env")"
+    exit 0
+fi
+
+# run NAME OPTIONS: a small model for a few steps; it writes to $work/NAME.
+run() {
+    directory=$work/$1
+    shift
+    "$train" --output-dir "$directory" --embed-dim 128 --num-heads 2 --depth 3 --batch-size 8 --max-steps 20 \
+        --gradient-clipping 1 --drop-path 0.1 --limit-val 64 "$@" >"$directory.out" 2>"$directory.err" && return
+    echo "status $? of train $*: $(tail -1 "$directory.err")"
+}
+losses() { jq 'select(.event == "step").train_loss' "$work/$1/metrics.jsonl"; }
+weights() { echo "$work/$1/checkpoints/$(cat "$work/$1/checkpoints/latest")/model.safetensors"; }
+
+# The largest difference between the losses of two runs, relative to the larger, where it is above the bar.
+far() { # NAME NAME BAR
+    losses "$1" >"$work/a"
+    losses "$2" >"$work/b"
+    paste "$work/a" "$work/b" | awk -v bar="$3" '
+        { d = $1 > $2 ? ($1 - $2) / $1 : ($2 - $1) / $2; if (!(d <= most)) most = d; if (NF != 2) most = 1e9 }
+        END { if (NR != 20 || !(most <= bar)) print "losses differ by " most ", allowed " bar }'
+}
+
+# In fp32 the GPU's losses are the CPU's but for rounding. Which algorithm a product takes is a matter of timing,
+# so that runs agree to rounding only.
+for world in "single 1" "ddp 4" "dp 4" "zero1 4" "zero2 4" "zero3 4"; do
+    strategy=${world% *} n=${world#* }
+    set -- --strategy "$strategy" --nproc-per-node "$n" --backend local
+    why=$(run "cpu $strategy" "$@" && run "gpu $strategy" --device cuda "$@")
+    verdict "$strategy, $n ranks on one GPU, fp32: losses of the CPU" "${why:-$(far "cpu $strategy" "gpu $strategy" 1e-4)}"
+done
+why=$(run "gpu checkpointing" --device cuda --strategy zero3 --nproc-per-node 4 --backend local \
+    --activation-checkpointing)
+verdict "zero3 with activation checkpointing: losses of zero3" "${why:-$(far "gpu zero3" "gpu checkpointing" 1e-4)}"
+
+grep -q '^GPU, in use ' "$work/gpu single.err" && grep -q '^difference ' "$work/gpu single.err"
+verdict "the ledger stands beside what the GPU says" "$([ $? -eq 0 ] || echo "no such lines: $(tail -3 "$work/gpu single.err")")"
+
+# What cannot fit is refused with the GPU's memory, not the machine's.
+"$train" --device cuda --dataset synthetic --model vit_huge_patch14_224 --batch-size 100000 --limit-train 100000 \
+    --output-dir "$work/too-large" >"$work/out" 2>"$work/err"
+why=
+grep -q '^train: error: out of memory: ' "$work/err" || why="found $(head -1 "$work/err")"
+verdict "a model that does not fit: the error and what would fit" "$why"
+exit $failed
