@@ -49,8 +49,11 @@ flavour       = $(notdir $(patsubst %/,%,$(dir $@)))
 build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
 	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
 
-build/plain/train build/asan/train build/tsan/train: build/%/train: train.c build/%/vit_cpu.o $(HEADERS)
-	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o -o $@ $($*_LIBS)
+build/%/dist_tcp.o: dist_tcp.c dist_tcp.h dist.h vit.h runtime.h base.h build/config.mk | build/%/
+	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
+
+build/plain/train build/asan/train build/tsan/train: build/%/train: train.c build/%/vit_cpu.o build/%/dist_tcp.o $(HEADERS)
+	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o build/$*/dist_tcp.o -o $@ $($*_LIBS)
 
 train: build/plain/train
 	@cp --remove-destination $< $@
