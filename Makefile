@@ -51,11 +51,14 @@ flavour       = $(notdir $(patsubst %/,%,$(dir $@)))
 build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
 	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
 
+build/%/dist_tcp.o: dist_tcp.c dist_tcp.h dist.h vit.h runtime.h base.h build/config.mk | build/%/
+	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
+
 build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o)
 build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS)
 build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS)
-build/plain/train build/asan/train build/tsan/train: build/%/train: train.c build/%/vit_cpu.o $(HEADERS)
-	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o -o $@ $($*_LIBS)
+build/plain/train build/asan/train build/tsan/train: build/%/train: train.c build/%/vit_cpu.o build/%/dist_tcp.o $(HEADERS)
+	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o build/$*/dist_tcp.o -o $@ $($*_LIBS)
 
 # Machine code for each of CUDA_ARCHS, and PTX of the last, which newer GPUs translate.
 gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) \
@@ -108,7 +111,7 @@ PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_d
 
 test:
 	@scripts/install.sh test
-	@$(MAKE) --no-print-directory test-built
+	@$(MAKE) --no-print-directory -j$$(nproc) test-built
 test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 

@@ -108,15 +108,26 @@ void dist_group_end(dist_comm *comm);
 /* A transport carries out what is posted. `post` gets n calls of one launch; it returns at once or when it
  * must. */
 typedef struct dist_transport {
-    const char *name; /* "local" */
+    const char *name; /* "local", "tcp" */
     void (*post)(dist_comm *comm, const dist_call *calls, size_t n);
 } dist_transport;
 
-/* The local transport: the ranks are threads of this process and meet in a hub. NULL: out of memory. The hub
- * must outlive the run of the world. */
-typedef struct dist_hub dist_hub;
+/* Where ranks meet. Each transport has its own, which begins with this and must outlive the run of the world. */
+typedef struct dist_hub {
+    const dist_transport *transport;
+    rt_world *world;
+    int size; /* ranks that meet in it */
+} dist_hub;
+
+/* That of the local transport: all ranks are threads of this process. NULL: out of memory. */
 dist_hub *dist_hub_create(rt_world *world);
 void dist_hub_free(dist_hub *hub);
+
+/* For transports. Elements of the full logical payload of a call, and their type. */
+static inline size_t dist_elements(const dist_call *c) {
+    return c->in.count > c->out.count ? c->in.count : c->out.count;
+}
+static inline rt_type dist_type(const dist_call *c) { return c->in.data ? c->in.type : c->out.type; }
 
 /* This rank's communicator of all ranks of its world, through the hub. The device must be open. */
 int dist_comm_open(dist_comm *comm, dist_hub *hub, rt_rank *rank, const vit_device *device);
@@ -329,15 +340,8 @@ const char *dist_op_name(dist_op op) {
     return names[op];
 }
 
-/* Elements of the full logical payload. */
-static size_t dist__elements(const dist_call *c) {
-    return c->in.count > c->out.count ? c->in.count : c->out.count;
-}
-
-static rt_type dist__type(const dist_call *c) { return c->in.data ? c->in.type : c->out.type; }
-
 static double dist__wire_bytes(const dist_comm *comm, const dist_call *c) {
-    double n = comm->size, bytes = (double)dist__elements(c) * (double)rt_type_size(dist__type(c));
+    double n = comm->size, bytes = (double)dist_elements(c) * (double)rt_type_size(dist_type(c));
     switch (c->op) {
     case DIST_ALL_REDUCE:
     case DIST_CONTROL: return 2 * (n - 1) / n * bytes;
@@ -375,7 +379,7 @@ static void dist__launch(dist_comm *comm) {
 void dist_post(dist_comm *comm, const dist_call *call) {
     rt_rank *rank = comm->rank;
     if (rt_failed(rank)) return;
-    size_t n = (size_t)comm->size, whole = dist__elements(call);
+    size_t n = (size_t)comm->size, whole = dist_elements(call);
     int scatters = call->op == DIST_REDUCE_SCATTER || call->op == DIST_ALL_GATHER;
     int pair = call->op == DIST_SEND || call->op == DIST_RECV;
     if (call->peer < 0 || call->peer >= comm->size ||
@@ -430,38 +434,41 @@ typedef struct {
     dist__part *part;   /* [size]; rank NULL: not there yet */
 } dist__meeting;
 
-struct dist_hub {
-    rt_world *world;
-    int size;
+typedef struct {
+    dist_hub head;
     dist__meeting meeting[DIST_RING]; /* under world->lock, like all that follows */
     int *room;                        /* [size]: a meeting has closed since the rank found them all open */
     double last_end;                  /* virtual time at which the last launch ended */
-};
+} dist__local_hub;
 
 static void dist__left(void *transport, rt_rank *rank);
 
+static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n);
+static const dist_transport dist__local = {"local", dist__local_post};
+
 dist_hub *dist_hub_create(rt_world *world) {
-    dist_hub *hub = calloc(1, sizeof *hub);
+    dist__local_hub *hub = calloc(1, sizeof *hub);
     if (!hub) return NULL;
-    *hub = (dist_hub){.world = world, .size = world->size};
+    hub->head = (dist_hub){&dist__local, world, world->size};
     int failed = !(hub->room = calloc((size_t)world->size, sizeof *hub->room));
     for (int i = 0; i < DIST_RING; i++)
         failed |= !(hub->meeting[i].part = calloc((size_t)world->size, sizeof(dist__part)));
     if (failed) {
-        dist_hub_free(hub);
+        dist_hub_free(&hub->head);
         return NULL;
     }
     world->transport = hub;
     world->on_leave = dist__left;
-    return hub;
+    return &hub->head;
 }
 
-void dist_hub_free(dist_hub *hub) {
+void dist_hub_free(dist_hub *head) {
+    dist__local_hub *hub = (dist__local_hub *)head;
     if (!hub) return;
     for (int i = 0; i < DIST_RING; i++) free(hub->meeting[i].part);
     free(hub->room);
-    hub->world->transport = NULL;
-    hub->world->on_leave = NULL;
+    hub->head.world->transport = NULL;
+    hub->head.world->on_leave = NULL;
     free(hub);
 }
 
@@ -469,7 +476,9 @@ static int dist__expects(const dist__meeting *m, int rank) {
     return !m->pair || rank == m->from || rank == m->to;
 }
 
-static int dist__expected(const dist_hub *hub, const dist__meeting *m) { return m->pair ? 2 : hub->size; }
+static int dist__expected(const dist__local_hub *hub, const dist__meeting *m) {
+    return m->pair ? 2 : hub->head.size;
+}
 
 /* A rank that has returned can no longer come to the meetings that wait for it. */
 static void dist__check_left(const dist__meeting *m, rt_rank *rank) {
@@ -480,12 +489,13 @@ static void dist__check_left(const dist__meeting *m, rt_rank *rank) {
 }
 
 static void dist__left(void *transport, rt_rank *rank) {
-    dist_hub *hub = transport;
+    dist__local_hub *hub = transport;
     for (int i = 0; i < DIST_RING; i++) dist__check_left(&hub->meeting[i], rank);
 }
 
 /* The meeting that this launch belongs to, opened if this rank is the first; NULL: the world has failed. */
-static dist__meeting *dist__meet(dist_hub *hub, dist_comm *comm, const dist_call *c, uint64_t sequence) {
+static dist__meeting *dist__meet(dist__local_hub *hub, dist_comm *comm, const dist_call *c,
+                                 uint64_t sequence) {
     int pair = c->op == DIST_SEND || c->op == DIST_RECV;
     int from = c->op == DIST_RECV ? c->peer : comm->index, to = c->op == DIST_RECV ? comm->index : c->peer;
     for (;;) {
@@ -500,7 +510,7 @@ static dist__meeting *dist__meet(dist_hub *hub, dist_comm *comm, const dist_call
         }
         if (unused) {
             dist__part *part = unused->part;
-            memset(part, 0, (size_t)hub->size * sizeof *part);
+            memset(part, 0, (size_t)hub->head.size * sizeof *part);
             *unused = (dist__meeting){.open = 1,
                                       .pair = pair,
                                       .from = from,
@@ -517,7 +527,7 @@ static dist__meeting *dist__meet(dist_hub *hub, dist_comm *comm, const dist_call
 
 static rt_note dist__note(const char *communicator, const dist__part *p, size_t call) {
     const dist_call *c = &p->call[call];
-    return (rt_note){communicator, dist_op_name(c->op), c->unit, p->sequence, dist__elements(c)};
+    return (rt_note){communicator, dist_op_name(c->op), c->unit, p->sequence, dist_elements(c)};
 }
 
 /* What two ranks disagree on, and in which call of the launch; NULL: they agree. */
@@ -528,20 +538,20 @@ static const char *dist__difference(const dist__meeting *m, const dist__part *a,
         *call = i;
         if (!m->pair && x->op != y->op) return "operation";
         if (strcmp(x->unit, y->unit)) return "unit";
-        if (dist__elements(x) != dist__elements(y)) return "count";
-        if (dist__type(x) != dist__type(y)) return "type";
+        if (dist_elements(x) != dist_elements(y)) return "count";
+        if (dist_type(x) != dist_type(y)) return "type";
         if (!m->pair && x->peer != y->peer) return "root";
     }
     return a->calls == b->calls ? NULL : "number of calls";
 }
 
 /* One call of a complete meeting, for all its ranks: everything is a sum of some blocks into some others. */
-static void dist__execute(dist_hub *hub, dist__meeting *m, size_t i, const dist_comm *comm) {
-    size_t n = (size_t)hub->size, n_from = 0, n_to = 0;
+static void dist__execute(dist__local_hub *hub, dist__meeting *m, size_t i, const dist_comm *comm) {
+    size_t n = (size_t)hub->head.size, n_from = 0, n_to = 0;
     rt_block from[n], to[n];
     const dist_call *c = &m->part[m->first].call[i];
     rt_stream *s = &comm->rank->stream[RT_COMMUNICATION];
-    size_t k = dist__elements(c) / n;
+    size_t k = dist_elements(c) / n;
     switch (c->op) {
     case DIST_SEND:
     case DIST_RECV:
@@ -582,15 +592,15 @@ static void dist__execute(dist_hub *hub, dist__meeting *m, size_t i, const dist_
 
 /* Where operations run behind the host, the executing rank's stream waits for what the others' streams held when
  * they posted, and theirs wait for what it launches. So all this is no more than launched, too. */
-static void dist__begin_on_device(const dist_hub *hub, dist__meeting *m, rt_stream *s) {
-    for (int r = 0; r < hub->size && s->rank->wait; r++)
+static void dist__begin_on_device(const dist__local_hub *hub, dist__meeting *m, rt_stream *s) {
+    for (int r = 0; r < hub->head.size && s->rank->wait; r++)
         if (m->part[r].rank && m->part[r].rank != s->rank) s->rank->wait(s, &m->part[r].posted);
 }
 
-static void dist__end_on_device(const dist_hub *hub, dist__meeting *m, rt_stream *s) {
+static void dist__end_on_device(const dist__local_hub *hub, dist__meeting *m, rt_stream *s) {
     rt_event end;
     if (s->rank->record) s->rank->record(s, &end);
-    for (int r = 0; r < hub->size && s->rank->record; r++) {
+    for (int r = 0; r < hub->head.size && s->rank->record; r++) {
         rt_rank *rank = m->part[r].rank;
         rt_stream *theirs = rank ? &rank->stream[m->part[r].call[0].stream] : NULL;
         if (rank && rank != s->rank) rank->wait(theirs, &end);
@@ -599,7 +609,7 @@ static void dist__end_on_device(const dist_hub *hub, dist__meeting *m, rt_stream
 }
 
 static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) {
-    dist_hub *hub = comm->shared;
+    dist__local_hub *hub = comm->shared;
     rt_rank *rank = comm->rank;
     rt_stream *s = &rank->stream[calls[0].stream];
     int pair = calls[0].op == DIST_SEND || calls[0].op == DIST_RECV;
@@ -637,7 +647,7 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
     size_t at = 0;
     const char *difference = dist__difference(m, first, part, &at);
     if (difference) {
-        for (int r = 0; r < hub->size;
+        for (int r = 0; r < hub->head.size;
              r++) /* show what each brought to this meeting, not what it posted since */
             if (m->part[r].rank) m->part[r].rank->last = dist__note(comm->name, &m->part[r], at);
         const dist_call *x = &first->call[at], *y = &calls[at];
@@ -645,11 +655,11 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
                            "ranks %d and %d disagree on the %s of launch %llu of communicator %s: %s of %zu "
                            "(%s) against %s of %zu (%s)",
                            m->first, comm->index, difference, (unsigned long long)m->sequence, comm->name,
-                           dist_op_name(x->op), dist__elements(x), x->unit, dist_op_name(y->op),
-                           dist__elements(y), y->unit);
+                           dist_op_name(x->op), dist_elements(x), x->unit, dist_op_name(y->op),
+                           dist_elements(y), y->unit);
     }
-    for (int r = 0; r < hub->size; r++)
-        if (hub->world->ranks[r].left) dist__check_left(m, &hub->world->ranks[r]);
+    for (int r = 0; r < hub->head.size; r++)
+        if (hub->head.world->ranks[r].left) dist__check_left(m, &hub->head.world->ranks[r]);
     if (++m->arrived == dist__expected(hub, m) &&
         !rt_failed(rank)) { /* the last to arrive executes it for all */
         rank->world->executing++;
@@ -663,29 +673,27 @@ static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n) 
         pthread_mutex_lock(&rank->world->lock);
         rank->world->executing--;
         double begin = hub->last_end;
-        for (int r = 0; r < hub->size; r++)
+        for (int r = 0; r < hub->head.size; r++)
             if (m->part[r].rank && begin < m->part[r].ready) begin = m->part[r].ready;
         hub->last_end = begin + seconds;
-        for (int r = 0; r < hub->size; r++)
+        for (int r = 0; r < hub->head.size; r++)
             for (size_t i = 0; i < m->part[r].calls; i++) {
                 m->part[r].call[i].done->time = hub->last_end;
                 m->part[r].call[i].done->done = 1;
             }
         m->open = 0;
-        for (int r = 0; r < hub->size; r++) hub->room[r] = 1;
+        for (int r = 0; r < hub->head.size; r++) hub->room[r] = 1;
         pthread_cond_broadcast(&rank->world->changed);
     }
     pthread_mutex_unlock(&rank->world->lock);
 }
-
-static const dist_transport dist__local = {"local", dist__local_post};
 
 int dist_comm_open(dist_comm *comm, dist_hub *hub, rt_rank *rank, const vit_device *device) {
     *comm = (dist_comm){.name = "world",
                         .rank = rank,
                         .index = rank->rank,
                         .size = hub->size,
-                        .transport = &dist__local,
+                        .transport = hub->transport,
                         .device = device,
                         .shared = hub};
     comm->pair_sequence = calloc(2 * (size_t)hub->size, sizeof *comm->pair_sequence);

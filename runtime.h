@@ -151,11 +151,12 @@ typedef struct rt_rank {
     int left;               /* its function has returned */
 } rt_rank;
 
-enum { RT_CHECK = 1 };
+/* RT_ELSEWHERE: the world has other ranks in other processes, so that no deadlock can be seen from here. */
+enum { RT_CHECK = 1, RT_ELSEWHERE = 2 };
 
 typedef struct rt_world {
     int size;
-    int flags;      /* RT_CHECK: the happens-before checker is on */
+    int flags;      /* RT_CHECK: the happens-before checker is on; RT_ELSEWHERE */
     rt_rank *ranks; /* [size] */
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -337,11 +338,12 @@ int rt_fail_with_table(rt_rank *rank, const char *format, ...) {
             const char *state = r->left ? "left" : r->waiting_for && !*r->waiting_for ? "waiting" : "running";
             if (r->last.op)
                 used += (size_t)snprintf(w->table + used, size - used,
-                                         "%6d %-8s %-14.14s %8llu %-15.15s %12zu  %.20s\n", i, state,
+                                         "%6d %-8s %-14.14s %8llu %-15.15s %12zu  %.20s\n", r->rank, state,
                                          r->last.communicator, (unsigned long long)r->last.sequence,
                                          r->last.op, r->last.count, r->last.unit);
             else
-                used += (size_t)snprintf(w->table + used, size - used, "%6d %-8s nothing posted\n", i, state);
+                used += (size_t)snprintf(w->table + used, size - used, "%6d %-8s nothing posted\n", r->rank,
+                                         state);
         }
     }
     va_list arguments;
@@ -356,7 +358,7 @@ int rt_block_until(rt_rank *rank, const int *done) {
     double start = rt_seconds();
     rank->waiting_for = done;
     while (!*done && !atomic_load(&w->failed)) {
-        int can_run = 0;
+        int can_run = w->flags & RT_ELSEWHERE;
         for (int i = 0; i < w->size; i++) {
             const rt_rank *r = &w->ranks[i];
             can_run |= !r->left && (!r->waiting_for || *r->waiting_for);

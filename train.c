@@ -18,7 +18,9 @@
 #include "compare.h"
 #include "data/dataset.h"
 #include "data/loader.h"
+#include "dist_tcp.h"
 #include "io/metrics.h"
+#include "launch.h"
 #include "report.h"
 #include "train_options.h"
 
@@ -43,6 +45,9 @@ typedef struct run {
     size_t labels;
     model_card card;
     size_t ranks, global_batch, steps_per_epoch, steps;
+    launch launch;
+    dist_tcp *tcp; /* to the other processes, or NULL */
+    int silent;    /* rank 0 says why the run failed */
     dist_hub *hub;
     int out_of_memory;      /* why the ranks failed */
     schedule *schedules;    /* [ranks] of the first step, with --print-schedule; each rank writes its own */
@@ -1363,20 +1368,61 @@ static int prepare_output(run *r, error_text *e) {
     return 0;
 }
 
-/* Runs body(rank, r) as every rank. -1: e and perhaps *table, for the caller to free, say why. */
+/* Joins the ranks that a launcher has started, if one has. */
+static int join_ranks(run *r, error_text *e) {
+    train_options *o = &r->o;
+    launch *l = &r->launch;
+    if (launch_find(l, e)) return -1;
+    if (o->backend < 0 && o->device == CHOICE_DEVICE_CPU)
+        o->backend = l->launcher ? CHOICE_BACKEND_TCP : CHOICE_BACKEND_LOCAL;
+    if (!l->launcher && o->backend == CHOICE_BACKEND_TCP)
+        return error_set(e,
+                         "--backend tcp: found no launcher's RANK and WORLD_SIZE, expected to be started by "
+                         "torchrun, srun or mpirun");
+    if (!l->launcher) return 0;
+    if (o->backend == CHOICE_BACKEND_LOCAL && l->size > 1)
+        return error_set(e, "--backend local: found a process that %s started as rank %d of %d, expected tcp",
+                         l->launcher, l->rank, l->size);
+    if (given(r, &o->nproc_per_node))
+        return error_set(e, "found --nproc-per-node, expected none, as %s has started the ranks",
+                         l->launcher);
+    if (r->o.state.command == COMMAND_COMPARE || r->o.state.command == COMMAND_EXPORT ||
+        r->o.state.command == COMMAND_HELP)
+        return l->size == 1 ? 0 : error_set(e, "found %d processes, expected one for this command", l->size);
+    o->nproc_per_node = (size_t)l->size;
+    if (l->rank) o->quiet = true;
+    if (l->size == 1) return 0;
+    int port = given(r, &o->rendezvous_port) ? (int)o->rendezvous_port : l->port ? l->port + 1 : 29501;
+    r->silent = l->rank != 0;
+    r->tcp = dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
+    r->silent = 0;
+    return r->tcp ? 0 : -1;
+}
+
+/* Has this rank, or another, failed before the ranks start? What rank 0 chose is everyone's from here on. */
+static int agree(run *r, int failed, error_text *e) {
+    if (!r->tcp) return failed;
+    failed = dist_tcp_agree(r->tcp, failed, e, r->o.output_dir, sizeof r->o.output_dir);
+    if (failed && !*e->text) r->silent = 1;
+    return failed;
+}
+
+/* Runs body(rank, r) as every rank of this process. -1: e and perhaps *table, for the caller to free, say why. */
 static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char **table) {
     rt_world world;
-    if (rt_world_init(&world, (int)r->ranks, r->device->memory ? 0 : RT_CHECK))
-        return error_set(e, "out of memory for %zu ranks", r->ranks);
-    int failed = -1;
-    if ((r->hub = dist_hub_create(&world)))
-        failed = rt_run(&world, body, r);
-    else
-        error_set(e, "out of memory for %zu ranks", r->ranks);
+    int failed = -1, here = r->tcp ? 1 : (int)r->ranks;
+    int flags = (r->device->memory ? 0 : RT_CHECK) | (r->tcp ? RT_ELSEWHERE : 0);
+    if (rt_world_init(&world, here, flags)) return error_set(e, "out of memory for %zu ranks", r->ranks);
+    if (r->tcp) world.ranks[0].rank = r->launch.rank;
+    error_set(e, "out of memory for %zu ranks", r->ranks);
+    r->hub = r->tcp ? dist_tcp_start(r->tcp, &world, r->device, e) : dist_hub_create(&world);
+    if (r->hub) failed = rt_run(&world, body, r);
+    if (r->hub && r->tcp && !dist_tcp_stop(r->tcp)) r->silent = world.failed;
     if (failed && r->hub) *e = world.error;
+    if (!failed) *e->text = 0;
     if (world.table) *table = strdup(world.table);
     r->out_of_memory = world.out_of_memory;
-    dist_hub_free(r->hub);
+    if (!r->tcp) dist_hub_free(r->hub);
     rt_world_free(&world);
     return failed;
 }
@@ -1392,8 +1438,8 @@ static int env_body(rt_rank *rank, void *argument) {
         printf("threads per rank   %d\nmatrix product     %s\n", rank->threads, r->device->description(rank));
     if (r->ranks > 1 && !dist_comm_open(&comm, r->hub, rank, r->device)) {
         if (rank->rank == 0)
-            printf("\nall-reduce over %zu ranks (fp32, local transport)\n%12s %12s %14s %14s\n", r->ranks,
-                   "bytes", "time us", "algorithm GB/s", "bus GB/s");
+            printf("\nall-reduce over %zu ranks (fp32, %s transport)\n%12s %12s %14s %14s\n", r->ranks,
+                   comm.transport->name, "bytes", "time us", "algorithm GB/s", "bus GB/s");
         for (size_t count = 256; count <= (size_t)1 << 24 && !rt_failed(rank); count *= 16) {
             enum { ROUNDS = 9 };
             double best = 1e30, n = (double)r->ranks, bytes = 4. * (double)count;
@@ -1456,7 +1502,7 @@ static int command_env(run *r, error_text *e, char **table) {
            "%.1f GB\n",
            TRAIN_VERSION, host.nodename, host.sysname, host.machine, cores,
            1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
-    printf("devices            cpu" ENV_CUDA "\nbackends           local (tcp, mpi and nccl are "
+    printf("devices            cpu" ENV_CUDA "\nbackends           local, tcp (mpi and nccl are "
            "not built yet)\n");
     return run_ranks(r, env_body, e, table);
 }
@@ -1613,6 +1659,8 @@ int main(int argc, char **argv) {
         status = 2;
     } else if (r->o.state.command == COMMAND_HELP) {
         status = command_help(&r->o, &e) ? 2 : 0;
+    } else if (join_ranks(r, &e)) {
+        status = 1;
     } else if (r->o.state.command == COMMAND_ENV) {
         status = command_env(r, &e, &table) ? 1 : 0;
     } else if (r->o.state.command == COMMAND_COMPARE) {
@@ -1641,8 +1689,8 @@ int main(int argc, char **argv) {
             error_set(&e, training ? "--resume auto: found no --output-dir, expected that of the run to go on"
                                    : "found --resume, expected it with training alone");
             status = 2;
-        } else if (!prepare(r, &e) && (!training || !prepare_output(r, &e))) {
-            show_notes(r);
+        } else if (!agree(r, prepare(r, &e) || (training && prepare_output(r, &e)), &e)) {
+            if (r->launch.rank == 0) show_notes(r);
             if (training) catch_signals();
             e.text[0] = 0;
             if (training && r->o.print_schedule && !(r->schedules = calloc(r->ranks, sizeof *r->schedules)))
@@ -1655,7 +1703,7 @@ int main(int argc, char **argv) {
         status = 1, error_set(&e, "stdout: cannot be written: %s", strerror(errno));
     for (char *c = e.text; *c; c++) /* names from outside may hold line ends: one line */
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    if (status && *e.text) /* on a terminal: in place of a progress line */
+    if (status && *e.text && !r->silent) /* on a terminal: in place of a progress line */
         fprintf(stderr, "%strain: error: %s\n%s", isatty(STDERR_FILENO) ? "\r\033[K" : "", e.text,
                 table ? table : "");
     if (status && r->out_of_memory) {
@@ -1665,6 +1713,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; r->schedules && i < r->ranks; i++) free(r->schedules[i].entry);
     free(r->schedules);
     checkpoint_state_free(&r->state);
+    dist_tcp_close(r->tcp);
     dataset_free(&r->train);
     dataset_free(&r->val);
     model_source_close(&r->source);

@@ -1,6 +1,6 @@
 /* vit_cuda.cu - the CUDA device: every operation of vit.h's table in fp32, bf16 and fp16, on one GPU a rank.
  *
- *     nvcc -O3 -std=c++20 -arch=sm_90 -c vit_cuda.cu          (-lcublasLt -lcudart -lstdc++ for the linker)
+ *     nvcc -O3 -std=c++20 -arch=sm_90 -c vit_cuda.cu          (-lcudart -ldl -lstdc++ for the linker)
  *
  * Contents: ranks, streams and memory; numbers and launches; the matrix product; sums of columns; linear;
  * layernorm; attention, fused and general; the other layers; loss; optimizers and gradient norm; vector
@@ -16,6 +16,7 @@
  * What it leaves out: cuBLASLt's GELU epilogues, which are the tanh form; CUDA graphs; fp64.
  */
 #include <atomic>
+#include <dlfcn.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -39,10 +40,27 @@ typedef __half fp16;
 
 /* ----------------------------------------------------------------------------- ranks, streams and memory */
 
+#define CUBLASLT_STRING_(x) #x
+#define CUBLASLT_STRING(x)  CUBLASLT_STRING_(x)
+
 static const size_t EVENTS = 256, STAGES = 2, ALIGNMENT = 256;
 static const size_t WORKSPACE = (size_t)32 << 20; /* of cuBLASLt, as NVIDIA advises for Hopper */
 static const size_t SMALL_COPY = (size_t)64
                                  << 10; /* up to here the driver takes a copy of host memory at once */
+
+/* cuBLASLt is loaded when a rank opens the device, and not with the program: it would cost every run on a CPU
+ * 0.6 s and 190 MB. NULL: there is no such library or function. */
+static void *cublaslt_function(const char *name) {
+    static void *const library =
+        dlopen("libcublasLt.so." CUBLASLT_STRING(CUBLAS_VER_MAJOR), RTLD_NOW | RTLD_LOCAL);
+    return library ? dlsym(library, name) : NULL;
+}
+
+#define LT(name)                                                                                             \
+    ([] {                                                                                                    \
+        static const auto function = (decltype(&name))cublaslt_function(#name);                              \
+        return function;                                                                                     \
+    }())
 
 /* A stream, and events by which others wait for its end, used in turn. An event that has been recorded again
  * stands for a later point of the same stream, which lies in the past of the waiting call, too: who waits for
@@ -93,7 +111,7 @@ static int check(rt_rank *rank, cudaError_t error, const char *what) {
 
 static int check(rt_rank *rank, cublasStatus_t status, const char *what) {
     if (status == CUBLAS_STATUS_SUCCESS) return 0;
-    return rt_fail(rank, "rank %d: cuBLASLt: %s: %s", rank->rank, what, cublasLtGetStatusString(status));
+    return rt_fail(rank, "rank %d: cuBLASLt: %s: %s", rank->rank, what, LT(cublasLtGetStatusString)(status));
 }
 
 /* How many GPUs there are; -1: none, and why. */
@@ -388,13 +406,13 @@ static int create_layout(rt_rank *rank, cublasLtMatrixLayout_t *layout, rt_type 
     int32_t count = (int32_t)batch;
     int64_t offset = (int64_t)stride;
     uint64_t r = transposed ? columns : rows, c = transposed ? rows : columns;
-    return check(rank, cublasLtMatrixLayoutCreate(layout, cuda_type(type), r, c, (int64_t)ld), "layout") ||
+    return check(rank, LT(cublasLtMatrixLayoutCreate)(layout, cuda_type(type), r, c, (int64_t)ld), "layout") ||
            check(rank,
-                 cublasLtMatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+                 LT(cublasLtMatrixLayoutSetAttribute)(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
                                                   sizeof count),
                  "layout") ||
            check(rank,
-                 cublasLtMatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                 LT(cublasLtMatrixLayoutSetAttribute)(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
                                                   &offset, sizeof offset),
                  "layout");
 }
@@ -403,12 +421,12 @@ static cublasStatus_t run_plan(rt_stream *s, const matmul_plan *plan, const prod
     cuda_state *c = state_of(s);
     const float beta = 0;
     if (p->bias) {
-        cublasStatus_t status = cublasLtMatmulDescSetAttribute(
+        cublasStatus_t status = LT(cublasLtMatmulDescSetAttribute)(
             plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
         if (status != CUBLAS_STATUS_SUCCESS) return status;
     }
     void *to = (void *)p->c.at;
-    return cublasLtMatmul(c->blas, plan->operation, &p->alpha, p->b.at, plan->a, p->a.at, plan->b, &beta, to,
+    return LT(cublasLtMatmul)(c->blas, plan->operation, &p->alpha, p->b.at, plan->a, p->a.at, plan->b, &beta, to,
                           plan->c, to, plan->c, &plan->algorithm, c->workspace, WORKSPACE, stream_of(s));
 }
 
@@ -445,13 +463,13 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
     uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
     int count = 0;
     plan->milliseconds = INFINITY;
-    if (check(rank, cublasLtMatmulDescCreate(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product") ||
+    if (check(rank, LT(cublasLtMatmulDescCreate)(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product") ||
         create_layout(rank, &plan->a, p->b.type, p->b.transposed, k->m, k->k, k->lda, k->batch,
                       k->stride_a) ||
         create_layout(rank, &plan->b, p->a.type, p->a.transposed, k->k, k->n, k->ldb, k->batch,
                       k->stride_b) ||
         create_layout(rank, &plan->c, p->c.type, 0, k->m, k->n, k->ldc, k->batch, k->stride_c) ||
-        check(rank, cublasLtMatmulPreferenceCreate(&wish), "preference"))
+        check(rank, LT(cublasLtMatmulPreferenceCreate)(&wish), "preference"))
         return -1;
     const struct {
         cublasLtMatmulDescAttributes_t name;
@@ -474,16 +492,16 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
     int failed = 0;
     for (size_t i = 0; i < (p->bias ? 4 : 3) && !failed; i++)
         failed = check(rank,
-                       cublasLtMatmulDescSetAttribute(plan->operation, attributes[i].name,
+                       LT(cublasLtMatmulDescSetAttribute)(plan->operation, attributes[i].name,
                                                       attributes[i].value, attributes[i].size),
                        "product");
     for (size_t i = 0; i < sizeof wishes / sizeof *wishes && !failed; i++)
         failed = check(
-            rank, cublasLtMatmulPreferenceSetAttribute(wish, wishes[i].name, wishes[i].value, wishes[i].size),
+            rank, LT(cublasLtMatmulPreferenceSetAttribute)(wish, wishes[i].name, wishes[i].value, wishes[i].size),
             "preference");
     /* a status other than success says that there is none: count is 0 then */
     if (!failed &&
-        cublasLtMatmulAlgoGetHeuristic(c->blas, plan->operation, plan->a, plan->b, plan->c, plan->c, wish,
+        LT(cublasLtMatmulAlgoGetHeuristic)(c->blas, plan->operation, plan->a, plan->b, plan->c, plan->c, wish,
                                        MOST, found, &count) != CUBLAS_STATUS_SUCCESS)
         count = 0;
     cublasLtMatmulAlgo_t best;
@@ -497,7 +515,7 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
         best = found[i].algo;
     }
     if (plan->usable) plan->algorithm = best;
-    cublasLtMatmulPreferenceDestroy(wish);
+    LT(cublasLtMatmulPreferenceDestroy)(wish);
     return failed || rt_failed(rank) ? -1 : 0;
 }
 
@@ -1768,13 +1786,13 @@ static void cuda_close(rt_rank *rank) {
     for (int i = 0; i < RT_STREAMS; i++)
         if (c->stream[i].stream) cudaStreamSynchronize(c->stream[i].stream);
     for (size_t i = 0; i < c->plans; i++) {
-        cublasLtMatrixLayoutDestroy(c->plan[i].a);
-        cublasLtMatrixLayoutDestroy(c->plan[i].b);
-        cublasLtMatrixLayoutDestroy(c->plan[i].c);
-        cublasLtMatmulDescDestroy(c->plan[i].operation);
+        LT(cublasLtMatrixLayoutDestroy)(c->plan[i].a);
+        LT(cublasLtMatrixLayoutDestroy)(c->plan[i].b);
+        LT(cublasLtMatrixLayoutDestroy)(c->plan[i].c);
+        LT(cublasLtMatmulDescDestroy)(c->plan[i].operation);
     }
     free(c->plan);
-    if (c->blas) cublasLtDestroy(c->blas);
+    if (c->blas) LT(cublasLtDestroy)(c->blas);
     cudaFree(c->workspace);
     if (c->scratch) cudaFree(c->scratch);
     cudaFree(c->arena);
@@ -1814,7 +1832,7 @@ static int open_streams(rt_rank *rank, cuda_state *c) {
                   "cudaEventCreate"))
             return -1;
     return check(rank, cudaMalloc(&c->workspace, WORKSPACE), "cuBLASLt's workspace") ||
-                   check(rank, cublasLtCreate(&c->blas), "cublasLtCreate")
+                   check(rank, LT(cublasLtCreate)(&c->blas), "cublasLtCreate")
                ? -1
                : 0;
 }
@@ -1824,6 +1842,7 @@ static int open_streams(rt_rank *rank, cuda_state *c) {
 static int cuda_open(rt_rank *rank, error_text *e) {
     int count, runtime = 0;
     if (count_devices(&count, e)) return -1;
+    if (!cublaslt_function("cublasLtCreate")) return error_set(e, "cuBLASLt cannot be loaded: %s", dlerror());
     const int gpu = rank->rank % count;
     cudaDeviceProp properties;
     cudaFuncAttributes attributes;
@@ -1853,7 +1872,7 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     c->gpu = gpu;
     cudaRuntimeGetVersion(&runtime);
     snprintf(c->description, sizeof c->description, "%s, sm_%d%d, CUDA %d.%d, cuBLASLt %zu", properties.name,
-             properties.major, properties.minor, runtime / 1000, runtime % 1000 / 10, cublasLtGetVersion());
+             properties.major, properties.minor, runtime / 1000, runtime % 1000 / 10, LT(cublasLtGetVersion)());
     rank->device = c;
     rank->allocate = allocate;
     rank->release = release;

@@ -53,8 +53,8 @@ if [ ! -x "$nvcc" ] && command -v nvcc >/dev/null; then
     nvcc=$(command -v nvcc)
     cuda=${nvcc%/bin/nvcc}
 fi
-libs="-L$cuda/lib64 -Wl,-rpath,$cuda/lib64 -lcublasLt -lcudart -lstdc++"
-if [ -x "$nvcc" ] && try cublasLt.h "-I$cuda/include $libs"; then
+libs="-L$cuda/lib64 -Wl,-rpath,$cuda/lib64 -lcudart -ldl -lstdc++"
+if [ -x "$nvcc" ] && try cublasLt.h "-I$cuda/include $libs -lcublasLt"; then
     row CUDA found "--device cuda"
     printf 'NVCC := %s\nCUDA_CFLAGS := -DHAVE_CUDA\nCUDA_LIBS := %s\n' "$nvcc" "$libs" >>"$output"
 else

@@ -1000,7 +1000,7 @@ static void another_model_is_told_from_damage(void **state) {
 
 static void note(void *arg, const char *why) {
     char *said = arg;
-    snprintf(said + strlen(said), 1000 - strlen(said), "%s\n", why);
+    snprintf(said + strlen(said), 1000 - strlen(said), "%.400s\n", why);
 }
 
 static void the_newest_whole_checkpoint_is_found(void **state) {
