@@ -114,8 +114,8 @@ usage "eval without a model" "eval: found no --checkpoint" eval
 for command in simulate plan; do
     usage "$command is of later" "$command is not built yet" $command
 done
-for option in "device cuda" "backend tcp" "precision bf16" trace "augmentation imagenet" \
-    "mixup 0.2" "timeout 5" "deepspeed-config x" "cluster p5"; do
+for option in "device cuda" "backend mpi" "precision bf16" trace "augmentation imagenet" \
+    "mixup 0.2" "deepspeed-config x" "cluster p5"; do
     # shellcheck disable=SC2086
     usage "--$option is of later" "--${option%%[ =]*}.* is not built yet" --$option
 done
