@@ -69,4 +69,23 @@ done
 fails killed "lost rank 1"
 verdict "killed: at once" "$([ $(($(date +%s) - begin)) -le 5 ] || echo "it took longer than 5 s")"
 verdict "killed: one line" "$([ "$(cat "$work"/killed.? | grep -c 'train: error')" = 1 ] || echo "not one line")"
+
+# SIGTERM to one rank stops all after the same step, with a checkpoint
+port=$((port + 2))
+for r in 0 1; do
+    RANK=$r WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port "$train" --epochs 1000 --quiet \
+        --threads-per-rank 1 --timeout 20 --output-dir "$work/stopped" >"$work/stopped.$r" 2>&1 &
+    eval "pid$r=\$!"
+done
+sleep 2
+kill -TERM "$pid1"
+statuses=""
+for pid in $pid0 $pid1; do
+    wait "$pid"
+    statuses="$statuses $?"
+done
+wrong=""
+[ "$statuses" = " 130 130" ] || wrong="exit statuses$statuses, expected 130"
+[ -s "$work/stopped/checkpoints/latest" ] || wrong="found no checkpoint"
+verdict "SIGTERM to rank 1" "$wrong"
 exit $failed
