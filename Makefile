@@ -15,7 +15,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
 TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits
-SCRIPTS := example mismatch train resume kill images errors compare strategies docs
+SCRIPTS := example mismatch train tcp resume kill images errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train

@@ -931,7 +931,9 @@ static int print_schedule(trainer *t) {
     int64_t none = 0;
     t->comm.observe = NULL;
     dist_sum(&t->d, &none, 1); /* what the others noted is there */
-    if (is_first(t) && !rt_failed(t->rank)) schedule_print(stdout, t->r->schedules, t->r->ranks);
+    if (is_first(t) && !rt_failed(t->rank))
+        schedule_print(stdout, t->r->schedules,
+                       t->r->tcp ? 1 : t->r->ranks); /* of other processes: not here */
     return rt_failed(t->rank) ? -1 : 0;
 }
 
@@ -1258,6 +1260,7 @@ static int train_loop(trainer *t) {
     }
     double seconds = rt_seconds() - t->started;
     size_t steps = step - first;
+    if (status && r->tcp) r->interrupted = 1; /* the exit status of this process */
     if ((steps && log_totals(t, steps)) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
     cJSON *line = metrics_line("end");
     metrics_add_count(line, "steps", step);
