@@ -90,8 +90,8 @@ typedef struct dist_comm {
     int grouping;
     rt_event own_done; /* for calls that signal nothing */
     dist_traffic traffic[DIST_OPS];
-    /* Told of what this rank does, in order: collectives as they are posted, and of a training step "forward",
-     * "recompute", "backward", "free" and "step"; or NULL. */
+    /* Told of what this rank does, in order: collectives as they are posted, and of a training step
+     * "forward", "recompute", "backward", "free" and "step"; or NULL. */
     void (*observe)(void *observer, const char *what, const char *unit, size_t elements);
     void *observer;
     uint64_t waits; /* made so far: tests skip one of them */
@@ -112,7 +112,8 @@ typedef struct dist_transport {
     void (*post)(dist_comm *comm, const dist_call *calls, size_t n);
 } dist_transport;
 
-/* Where ranks meet. Each transport has its own, which begins with this and must outlive the run of the world. */
+/* Where ranks meet. Each transport has its own, which begins with this and must outlive the run of the
+ * world. */
 typedef struct dist_hub {
     const dist_transport *transport;
     rt_world *world;
@@ -188,9 +189,10 @@ typedef struct dist_parameter_slot {
     rt_event gathered, freed;
 } dist_parameter_slot;
 
-/* The dynamic loss scale of fp16, whose smallest number is 2^-24: gradients are those of `scale` times the loss. It
- * is DeepSpeed's rule (runtime/fp16/loss_scaler.py, after Megatron): an overflow skips the step; as long as
- * there is hysteresis left it costs one of it, else it halves the scale; `window` steps without one double it. */
+/* The dynamic loss scale of fp16, whose smallest number is 2^-24: gradients are those of `scale` times the
+ * loss. It is DeepSpeed's rule (runtime/fp16/loss_scaler.py, after Megatron): an overflow skips the step;
+ * as long as there is hysteresis left it costs one of it, else it halves the scale; `window` steps without
+ * one double it. */
 typedef struct dist_scaler {
     double scale, least;
     int64_t window, step,
@@ -279,19 +281,19 @@ typedef struct dist_formula {
 } dist_formula;
 dist_formula dist_formula_of(const dist *d);
 
-/* The ledger that rank `rank` of `ranks` would have after dist_open: a dry run, in which nothing is allocated.
- * A total_peak_bytes of SIZE_MAX: more than can be counted. -1: impossible options. */
+/* The ledger that rank `rank` of `ranks` would have after dist_open: a dry run, in which nothing is
+ * allocated. A total_peak_bytes of SIZE_MAX: more than can be counted. -1: impossible options. */
 int dist_estimate(const vit_device *device, const vit_model *model, const dist_options *options, int ranks,
                   int rank, rt_ledger *ledger, error_text *e);
 
 /* Parameters of unit u, whole, without the padding between ranks, in host memory [unit->count]: takes what
- * this rank holds of them (every rank must be given the same); gives [lo, hi) of its shard, and leaves the rest
- * of `values` alone. */
+ * this rank holds of them (every rank must be given the same); gives [lo, hi) of its shard, and leaves the
+ * rest of `values` alone. */
 void dist_import(dist *d, size_t u, const float *values);
 void dist_export(dist *d, size_t u, float *values);
 
-/* Optimizer state i of unit u (0: exp_avg or SGD's momentum, 1: exp_avg_sq), as with parameters: takes and gives
- * [lo, trained) of this rank's shard, without the padding between ranks, of `values` [unit->count]. */
+/* Optimizer state i of unit u (0: exp_avg or SGD's momentum, 1: exp_avg_sq), as with parameters: takes and
+ * gives [lo, trained) of this rank's shard, without the padding between ranks, of `values` [unit->count]. */
 void dist_import_state(dist *d, size_t u, int i, const float *values);
 void dist_export_state(dist *d, size_t u, int i, float *values);
 
@@ -311,7 +313,8 @@ void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
 
-/* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to end. */
+/* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to
+ * end. */
 void dist_request_stop(dist *d);
 
 /* Forward alone, as in evaluation; every rank must call it. logits [B, V], losses [B] into host memory, or
@@ -590,8 +593,8 @@ static void dist__execute(dist__local_hub *hub, dist__meeting *m, size_t i, cons
     comm->device->sum_buffers(s, to, n_to, from, n_from);
 }
 
-/* Where operations run behind the host, the executing rank's stream waits for what the others' streams held when
- * they posted, and theirs wait for what it launches. So all this is no more than launched, too. */
+/* Where operations run behind the host, the executing rank's stream waits for what the others' streams
+ * held when they posted, and theirs wait for what it launches. So all this is no more than launched, too. */
 static void dist__begin_on_device(const dist__local_hub *hub, dist__meeting *m, rt_stream *s) {
     for (int r = 0; r < hub->head.size && s->rank->wait; r++)
         if (m->part[r].rank && m->part[r].rank != s->rank) s->rank->wait(s, &m->part[r].posted);
@@ -789,8 +792,8 @@ static int dist__cut_buckets(dist *d, double limit_mb) {
     return 0;
 }
 
-/* Do gradients pass through slots on their way to the sum over ranks? Whole ones of a first micro-batch lie in
- * place; where only shards are kept, nothing else would hold them. */
+/* Do gradients pass through slots on their way to the sum over ranks? Whole ones of a first micro-batch
+ * lie in place; where only shards are kept, nothing else would hold them. */
 static int dist__reduces_in_slots(const dist *d) {
     return d->grads_cut > 1 || (d->options.reduction == DIST_REDUCE_EVERY && d->options.accumulation > 1);
 }
@@ -847,8 +850,8 @@ static void dist__clear_padding(dist *d, size_t u, rt_block grads) {
     }
 }
 
-/* Where unit u's backward writes its gradient: of the first micro-batch, if it is kept whole, into the gradient
- * itself, else into a slot. */
+/* Where unit u's backward writes its gradient: of the first micro-batch, if it is kept whole, into the
+ * gradient itself, else into a slot. */
 static rt_block dist__gradient_target(dist *d, size_t u) {
     const dist_bucket *b = &d->bucket[d->bucket_of[u]];
     size_t count = dist__padded(d, u);
@@ -1021,8 +1024,8 @@ static dist_unit_blocks dist__resident_backward(dist *d, size_t u) {
 
 static void dist__nothing(dist *d, size_t u) { (void)d, (void)u; }
 
-/* After a step, which changed only what each rank owns: sends the new parameters to all, unit by unit, so that
- * the first arrive while the last still travel. */
+/* After a step, which changed only what each rank owns: sends the new parameters to all, unit by unit, so
+ * that the first arrive while the last still travel. */
 static void dist__refresh(dist *d) {
     int gathers = d->strategy->refresh == DIST_ALL_GATHER, root = d->comm->index == 0;
     rt_record(d->rank, RT_COMPUTE, &d->stepped);

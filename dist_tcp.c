@@ -1,15 +1,16 @@
 /* dist_tcp.c - the transport between processes (dist_tcp.h): every rank has a socket to every other.
  *
- * A collective cuts the payload into parts, one of each rank, which owns it. (1) Everyone sends each owner its
- * values of the owner's part; the owner adds them in rank order, chunk by chunk as they come. (2) Each owner
- * sends the part, as it is finished, to all. An all-reduce is both, a reduce-scatter (1), an all-gather (2); in a
- * reduce or a broadcast the root owns everything. Both directions of every link are busy from the start, and a
- * rank sends 2 (N - 1) / N of the payload, the least there is. (A ring that adds in rank order would send up to
- * twice that: partial sums would have to begin at rank 0, wherever their owner is.)
+ * A collective cuts the payload into parts, one of each rank, which owns it. (1) Everyone sends each owner
+ * its values of the owner's part; the owner adds them in rank order, chunk by chunk as they come. (2) Each
+ * owner sends the part, as it is finished, to all. An all-reduce is both, a reduce-scatter (1), an
+ * all-gather (2); in a reduce or a broadcast the root owns everything. Both directions of every link are
+ * busy from the start, and a rank sends 2 (N - 1) / N of the payload, the least there is. (A ring that
+ * adds in rank order would send up to twice that: partial sums would have to begin at rank 0, wherever
+ * their owner is.)
  *
- * What is posted goes into a queue. A thread of the process carries it out: for every peer it knows which entry
- * it sends and which it receives, so that entries overlap; they are completed in order. A message begins with a
- * header by which ranks see whether they agree. */
+ * What is posted goes into a queue. A thread of the process carries it out: for every peer it knows which
+ * entry it sends and which it receives, so that entries overlap; they are completed in order. A message
+ * begins with a header by which ranks see whether they agree. */
 #define _GNU_SOURCE
 #include "dist_tcp.h"
 

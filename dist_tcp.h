@@ -7,8 +7,8 @@
  *     rt_run(&world, body, argument);
  *     dist_tcp_close(tcp);
  *
- * One process is one rank. Every sum is taken in rank order, so all numbers are those of the local transport.
- */
+ * One process is one rank. Every sum is taken in rank order, so all numbers are those of the local
+ * transport. */
 #ifndef DIST_TCP_H
 #define DIST_TCP_H
 
@@ -21,8 +21,8 @@ typedef struct dist_tcp dist_tcp;
  * that two processes are the same rank or disagree on the size. */
 dist_tcp *dist_tcp_open(const char *host, int port, int rank, int size, double timeout, error_text *e);
 
-/* Before or between runs; every rank calls it. Gives all ranks rank 0's `shared` [size <= 4096]. -1: some rank
- * has failed; e is this rank's own failure, or else empty; also empty if rank 0 has the same to say. */
+/* Before or between runs; every rank calls it. Gives all ranks rank 0's `shared` [size <= 4096]. -1: some
+ * rank has failed; e is this rank's own failure, or else empty; also empty if rank 0 has the same to say. */
 int dist_tcp_agree(dist_tcp *tcp, int failed, error_text *e, char *shared, size_t size);
 
 /* The hub of a world of this one rank. NULL: e says why. */

@@ -39,8 +39,8 @@ typedef enum { RT_U8, RT_I32, RT_I64, RT_U64, RT_FP16, RT_BF16, RT_FP32, RT_FP64
 /* Bytes of one element. */
 size_t rt_type_size(rt_type type);
 
-/* n numbers of type bf16 or fp16 as floats, and n floats rounded to that type: to nearest, ties to even, what is
- * too large to infinity; a NaN stays one. Subnormal numbers are as good as others. */
+/* n numbers of type bf16 or fp16 as floats, and n floats rounded to that type: to nearest, ties to even,
+ * what is too large to infinity; a NaN stays one. Subnormal numbers are as good as others. */
 void rt_widen(float *to, const uint16_t *from, size_t n, rt_type type);
 void rt_narrow(uint16_t *to, const float *from, size_t n, rt_type type);
 
@@ -138,8 +138,8 @@ typedef struct rt_rank {
     void *device;                                      /* the device's own state of this rank */
     void *(*allocate)(struct rt_rank *, size_t bytes); /* zeroed, 64-byte aligned; NULL: no more */
     void (*release)(struct rt_rank *, void *, size_t bytes);
-    /* Where operations run behind the host: the same as rt_record and rt_wait on the device's own streams. NULL:
-     * they have run when their call returns. record may be called by another rank's thread, too. */
+    /* Where operations run behind the host: the same as rt_record and rt_wait on the device's own streams.
+     * NULL: they have run when their call returns. record may be called by another rank's thread, too. */
     void (*record)(rt_stream *, rt_event *);
     void (*wait)(rt_stream *, rt_event *);
     double communication_s; /* wall-clock seconds spent in collectives or waiting for them */
@@ -255,8 +255,8 @@ static inline uint16_t rt__to_bf16(float x) {
     return (uint16_t)((u & 0x7FFFFFFF) > 0x7F800000 ? u >> 16 | 0x40 : rounded);
 }
 
-/* fp16 has 5 bits of exponent, biased by 15 (fp32: 8 bits, by 127), and 10 of significand. Without branches, so
- * that loops vectorise. Subnormal: a multiple of 2^-24, which subtraction of 2^-14 leaves. */
+/* fp16 has 5 bits of exponent, biased by 15 (fp32: 8 bits, by 127), and 10 of significand. Without
+ * branches, so that loops vectorise. Subnormal: a multiple of 2^-24, which subtraction of 2^-14 leaves. */
 static inline float rt__from_fp16(uint16_t h) {
     uint32_t u = (uint32_t)(h & 0x7FFF) << 13, sign = (uint32_t)(h & 0x8000) << 16;
     uint32_t normal = u + (112u << 23), special = u | 0x7F800000;

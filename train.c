@@ -262,8 +262,9 @@ static int prepare_resume(run *r, error_text *e) {
     return checkpoint_read_state(r->resumed, &r->state, e);
 }
 
-/* A resumed training keeps its global batch, on however many ranks, unless the command line says otherwise: by
- * its accumulation if its micro-batch can stay, else by the largest micro-batch that divides a rank's share. */
+/* A resumed training keeps its global batch, on however many ranks, unless the command line says
+ * otherwise: by its accumulation if its micro-batch can stay, else by the largest micro-batch that divides
+ * a rank's share. */
 static int resume_batch(run *r, error_text *e) {
     train_options *o = &r->o;
     const checkpoint_state *s = &r->state;
@@ -545,8 +546,8 @@ static const loader_batch *next_batch(trainer *t, loader *l) {
     return batch;
 }
 
-/* Batch k of the epoch is micro-batch m of a step: its sample b is number (b M + m) N + r of the step's global
- * batch. */
+/* Batch k of the epoch is micro-batch m of a step: its sample b is number (b M + m) N + r of the step's
+ * global batch. */
 static int draw_training(const void *context, size_t k, size_t b, float *image, int32_t *label, uint64_t *key,
                          error_text *e) {
     const trainer *t = context;
@@ -752,7 +753,8 @@ static double scheduled_rate(const train_options *o, size_t t, size_t T) {
 
 static int is_first(const trainer *t) { return t->rank->rank == 0; }
 
-/* Something could not be written. Training goes on, with a warning, if what there is suffices to resume it. */
+/* Something could not be written. Training goes on, with a warning, if what there is suffices to resume
+ * it. */
 static int write_failed(trainer *t, const error_text *e) {
     if (!t->saved) return rt_fail(t->rank, "%s", e->text);
     fprintf(stderr, "train: warning: %s\n", e->text);
@@ -1410,7 +1412,8 @@ static int agree(run *r, int failed, error_text *e) {
     return failed;
 }
 
-/* Runs body(rank, r) as every rank of this process. -1: e and perhaps *table, for the caller to free, say why. */
+/* Runs body(rank, r) as every rank of this process. -1: e and perhaps *table, for the caller to free, say
+ * why. */
 static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char **table) {
     rt_world world;
     int failed = -1, here = r->tcp ? 1 : (int)r->ranks;

@@ -87,10 +87,11 @@ typedef struct vit_sgd_options {
     double momentum, weight_decay;
 } vit_sgd_options;
 
-/* The operations of a device. Shapes are those of the blocks' contents; blocks of the model's type unless it
- * says otherwise: where that is bf16 or fp16, "at least fp32" is fp32 (and in fp64 it is fp64). Arithmetic inside
- * an operation is at least fp32, and what it stores is rounded once, to nearest even. `forward` entries write their first blocks, `backward` entries overwrite gradients of
- * parameters. An absent optional block has no data. The table is the whole of what a device must offer. */
+/* The operations of a device. Shapes are those of the blocks' contents; blocks of the model's type unless
+ * it says otherwise: where that is bf16 or fp16, "at least fp32" is fp32 (and in fp64 it is fp64).
+ * Arithmetic inside an operation is at least fp32, and what it stores is rounded once, to nearest even.
+ * `forward` entries write their first blocks, `backward` entries overwrite gradients of parameters. An
+ * absent optional block has no data. The table is the whole of what a device must offer. */
 typedef struct vit_device {
     const char *name; /* "cpu" */
     unsigned types;   /* bit 1 << t: it computes models of rt_type t */
@@ -103,16 +104,17 @@ typedef struct vit_device {
     void (*copy_in)(rt_stream *s, rt_block to, const void *from);
     void (*copy_out)(rt_stream *s, void *to, rt_block from);
 
-    /* Number of elements (at least fp32) that attention_forward saves for attention_backward, for B images. */
+    /* Number of elements (at least fp32) that attention_forward saves for attention_backward, for B
+     * images. */
     size_t (*attention_saved)(size_t B, size_t T, size_t Q, size_t H, size_t head_dim);
 
     /* y [rows, out] = x [rows, in] w [out, in]^T + b [out]. With pre [rows, out]: pre takes that, y =
      * gelu(pre). */
     void (*linear_forward)(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
                            size_t rows, size_t in, size_t out);
-    /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w. With pre [rows,
-     * in], of which x was gelu(pre) and need not have been kept: x = gelu(pre), dx (then not optional) = (dy w)
-     * * gelu'(pre). */
+    /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w. With pre
+     * [rows, in], of which x was gelu(pre) and need not have been kept: x = gelu(pre), dx (then not
+     * optional) = (dy w) * gelu'(pre). */
     void (*linear_backward)(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
                             rt_block w, rt_block pre, size_t rows, size_t in, size_t out);
 
@@ -142,8 +144,8 @@ typedef struct vit_device {
     void (*residual_backward)(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                               size_t count, double rate, uint64_t salt);
 
-    /* patches [B, N, C * P * P] of images [B, C, height, width] (at least fp32); pixels beyond the last whole patch are left
-     * out. */
+    /* patches [B, N, C * P * P] of images [B, C, height, width] (at least fp32); pixels beyond the last
+     * whole patch are left out. */
     void (*patchify_forward)(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,
                              size_t height, size_t width, size_t P);
     /* out [B, N + 1, D] = (cls [D] | x [B, N, D]) + pos [N + 1, D]. */
@@ -152,11 +154,12 @@ typedef struct vit_device {
     void (*embedding_backward)(rt_stream *s, rt_block dx, rt_block dcls, rt_block dpos, rt_block dout,
                                size_t B, size_t N, size_t D);
 
-    /* probabilities [B, V] = softmax(logits), losses [B] (both at least fp32) = cross entropy with the labels [B]
-     * (int32), smoothed: target = (1 - smoothing) one_hot + smoothing / V. */
+    /* probabilities [B, V] = softmax(logits), losses [B] (both at least fp32) = cross entropy with the
+     * labels [B] (int32), smoothed: target = (1 - smoothing) one_hot + smoothing / V. */
     void (*cross_entropy_forward)(rt_stream *s, rt_block losses, rt_block probabilities, rt_block logits,
                                   rt_block labels, size_t B, size_t V, double smoothing);
-    /* dlogits = scale * scalars[VIT_LOSS_SCALE] * (probabilities - target); without scalars, scale * (...). */
+    /* dlogits = scale * scalars[VIT_LOSS_SCALE] * (probabilities - target); without scalars, scale *
+     * (...). */
     void (*cross_entropy_backward)(rt_stream *s, rt_block dlogits, rt_block probabilities, rt_block labels,
                                    rt_block scalars, size_t B, size_t V, double smoothing, double scale);
     /* total (int64) [0] += sum over b of losses[b] / B in units of VIT_LOSS_UNIT, [1] += number that are not
@@ -165,38 +168,38 @@ typedef struct vit_device {
 
     /* Optimizers as PyTorch defines them, on a flat run of which the first `decayed` elements decay. The
      * learning rate is rate * scalars[VIT_LEARNING_RATE]. The gradient is first multiplied by
-     * scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. Optimizer state is at least fp32; grad of the
-     * model's type or of another of fp32, bf16, fp16. With a master [like param] (fp32), that is updated, and param
-     * = the rounded master; without, param is its own master. */
+     * scalars[VIT_GRADIENT_FACTOR]; if that is 0 nothing changes. Optimizer state is at least fp32; grad
+     * of the model's type or of another of fp32, bf16, fp16. With a master [like param] (fp32), that is
+     * updated, and param = the rounded master; without, param is its own master. */
     void (*adamw)(rt_stream *s, rt_block param, rt_block master, rt_block exp_avg, rt_block exp_avg_sq,
                   rt_block grad, rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
     void (*sgd)(rt_stream *s, rt_block param, rt_block master, rt_block momentum, rt_block grad,
                 rt_block scalars, size_t decayed, double rate, const vit_sgd_options *o);
 
-    /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x (any type), whose start is a
-     * multiple of 16 elements: the sum of each granule of 16 is formed in double, in a fixed order, then its
-     * significand is added as two integers to the counters of its exponent. Integer sums do not depend on
-     * their order. */
+    /* The exact sum of squares. counters (int64) [VIT_NORM_COUNTERS] += the squares of x (any type), whose
+     * start is a multiple of 16 elements: the sum of each granule of 16 is formed in double, in a fixed
+     * order, then its significand is added as two integers to the counters of its exponent. Integer sums
+     * do not depend on their order. */
     void (*sum_of_squares)(rt_stream *s, rt_block counters, rt_block x);
     /* From the counters of the whole gradient (a sum of `divisor` gradients), with n = divisor *
-     * scalars[VIT_LOSS_SCALE]: scalars[VIT_GRADIENT_NORM] = norm / n, scalars[VIT_GRADIENT_FACTOR] = min(1, clip /
-     * (norm / n + 1e-6)) / n (clip 0: off); 0 if not finite. */
+     * scalars[VIT_LOSS_SCALE]: scalars[VIT_GRADIENT_NORM] = norm / n, scalars[VIT_GRADIENT_FACTOR] =
+     * min(1, clip / (norm / n + 1e-6)) / n (clip 0: off); 0 if not finite. */
     void (*gradient_factor)(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip);
 
     void (*fill)(rt_stream *s, rt_block x, int byte);       /* every byte of x = byte */
     void (*cast)(rt_stream *s, rt_block to, rt_block from); /* any of fp32, bf16 and fp16 to any; [n] both */
     void (*add)(rt_stream *s, rt_block x, rt_block y);      /* x += y; y may be of another type, as in cast */
     /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by
-     * element (fp32, bf16, fp16 or int64, which wraps; of 16-bit numbers the sum is formed in fp32 and rounded once).
-     * A `to` may be one of `from`. Called by the rank that executes, on memory of
-     * all ranks. */
+     * element (fp32, bf16, fp16 or int64, which wraps; of 16-bit numbers the sum is formed in fp32 and
+     * rounded once). A `to` may be one of `from`. Called by the rank that executes, on memory of all
+     * ranks. */
     void (*sum_buffers)(rt_stream *s, const rt_block *to, size_t n_to, const rt_block *from, size_t n_from);
 
     /* What computes for an open rank, for the user to read: "own product, AVX-512 14x32". */
     const char *(*description)(const rt_rank *rank);
 
-    /* Only of devices with memory of their own, else NULL. Bytes of it that are free, and that there are, where
-     * `ranks` ranks of this process would compute; -1: they cannot, and why. */
+    /* Only of devices with memory of their own, else NULL. Bytes of it that are free, and that there are,
+     * where `ranks` ranks of this process would compute; -1: they cannot, and why. */
     int (*memory)(int ranks, double *unused, double *total, error_text *e);
     /* Sets aside, at once, the memory that rt_alloc will hand out from now on: that of this ledger (from
      * dist_estimate). -1: there is not so much. */
@@ -307,11 +310,11 @@ size_t vit_workspace_bytes(const vit_model *model, size_t B);
 
 /* -------------------------------------------------------------------------------------------- activations */
 
-/* The activations of one micro-batch of B images: what forward leaves for backward, and the batch itself. For
- * inference, without a backward to follow, two outputs in turn and one `saved` serve all units. With activation
- * checkpointing (Chen et al. 2016, arXiv 1604.06174) blocks N, 2 N, ... of the chain share one `saved`: only
- * their inputs stay, and the loop runs their forward again before their backward. (The embedding saves nothing,
- * and the head's backward follows its forward at once.) */
+/* The activations of one micro-batch of B images: what forward leaves for backward, and the batch itself.
+ * For inference, without a backward to follow, two outputs in turn and one `saved` serve all units. With
+ * activation checkpointing (Chen et al. 2016, arXiv 1604.06174) blocks N, 2 N, ... of the chain share one
+ * `saved`: only their inputs stay, and the loop runs their forward again before their backward. (The
+ * embedding saves nothing, and the head's backward follows its forward at once.) */
 typedef struct vit_activations {
     size_t B;
     int inference;

@@ -1,23 +1,23 @@
-/* vit_cpu.c - the CPU device: every operation of vit.h's table, on the threads of one rank. Models may be of type
- * fp32, bf16 or fp16; arithmetic is fp32.
+/* vit_cpu.c - the CPU device: every operation of vit.h's table, on the threads of one rank. Models may be
+ * of type fp32, bf16 or fp16; arithmetic is fp32.
  *
  *     cc -O3 -march=native -mprefer-vector-width=512 -std=gnu11 -fno-math-errno -fno-trapping-math -fopenmp \
  *        -c vit_cpu.c
  *
  * and with -DHAVE_OPENBLAS (-lopenblas for the linker) OpenBLAS's matrix product beside our own.
  *
- * Contents: ranks and memory; numbers of 16 bits; exp, softmax, GELU; the matrix product; linear; layernorm; attention; the other
- * layers; loss; optimizers and gradient norm; vector arithmetic; the table.
+ * Contents: ranks and memory; numbers of 16 bits; exp, softmax, GELU; the matrix product; linear;
+ * layernorm; attention; the other layers; loss; optimizers and gradient norm; vector arithmetic; the
+ * table.
  *
- * Results do not depend on the number of threads (products by OpenBLAS excepted). Threads share out elements,
- * rows or tiles, each of which is computed in one way. Where rows are summed up (biases, parameters of
- * LayerNorm, positions), the sums go through chunks of rows that follow from the shape alone and are added in
- * order. Flat runs are cut into blocks of fixed length, lest a thread's boundary move elements from a
- * vectorised loop to its remainder.
+ * Results do not depend on the number of threads (products by OpenBLAS excepted). Threads share out
+ * elements, rows or tiles, each of which is computed in one way. Where rows are summed up (biases,
+ * parameters of LayerNorm, positions), the sums go through chunks of rows that follow from the shape alone
+ * and are added in order. Flat runs are cut into blocks of fixed length, lest a thread's boundary move
+ * elements from a vectorised loop to its remainder.
  *
- * What it leaves out: models in fp64, instructions that multiply 16-bit numbers, several threads for one image and head, placement of memory on
- * sockets. It is correct without -fopenmp, on one thread.
- */
+ * What it leaves out: models in fp64, instructions that multiply 16-bit numbers, several threads for one
+ * image and head, placement of memory on sockets. It is correct without -fopenmp, on one thread. */
 #define _GNU_SOURCE
 #include "vit.h"
 
@@ -94,8 +94,9 @@ static void copy_out(rt_stream *s, void *to, rt_block from) {
 
 /* ---------------------------------------------------------------------------------------- numbers of 16 bits */
 
-/* Operations work on floats. Those of an fp32 block are used in place; those of a bf16 or fp16 block are widened
- * into a buffer of the thread, a row or a run of elements at a time, and results rounded on their way back. */
+/* Operations work on floats. Those of an fp32 block are used in place; those of a bf16 or fp16 block are
+ * widened into a buffer of the thread, a row or a run of elements at a time, and results rounded on their
+ * way back. */
 
 /* Elements [at, at + n) of a block: in place, or in the buffer [n]. */
 INLINE const float *load(rt_block b, size_t at, size_t n, float *buffer) {
@@ -388,14 +389,14 @@ static matrix in_place(const operand *o, size_t i, size_t j) {
     return (matrix){floats(o->block) + position(o, i, j), o->ld, o->transposed};
 }
 
-/* Blocks: K at most; rows of packed A; and floats of packed B, which all threads share and which are to stay
- * in the L3 cache. A is packed only where it is transposed, or where its rows lie a multiple of ALIASED floats
- * apart, in the same few places of an L1 cache. */
+/* Blocks: K at most; rows of packed A; and floats of packed B, which all threads share and which are to
+ * stay in the L3 cache. A is packed only where it is transposed, or where its rows lie a multiple of
+ * ALIASED floats apart, in the same few places of an L1 cache. */
 enum { KC = 1024, MC = 10 * MR, PANELS = 1 << 20, ALIASED = 1024 };
 
-/* Packs [M <= MC, K] of A from element (i0, k0) on: transposed into slivers [K, MR], else as rows of another
- * stride, since rows some KB apart would compete for the same cache lines. Transposed it also adds up each row,
- * if sums [M] are asked for. */
+/* Packs [M <= MC, K] of A from element (i0, k0) on: transposed into slivers [K, MR], else as rows of
+ * another stride, since rows some KB apart would compete for the same cache lines. Transposed it also adds
+ * up each row, if sums [M] are asked for. */
 static matrix pack_rows(float *to, const operand *a, size_t i0, size_t k0, size_t M, size_t K, float *sums) {
     for (size_t i = 0; !a->transposed && i < M; i++) {
         float *row = to + i * (K + VL);
@@ -498,8 +499,8 @@ static void widen_panel(float *to, const operand *b, size_t k0, size_t j0, size_
     }
 }
 
-/* With 16-bit operands and results. Sums stay in fp32 until they are complete: panels reach through all of K, and
- * each thread adds up MC x nc elements of C at a time in a buffer of its own. */
+/* With 16-bit operands and results. Sums stay in fp32 until they are complete: panels reach through all of
+ * K, and each thread adds up MC x nc elements of C at a time in a buffer of its own. */
 static void multiply_16(rt_rank *rank, const product *p, int threads) {
     const size_t blocks = (p->K + KC - 1) / KC, kc = (p->K + blocks - 1) / blocks;
     const size_t nc = min_size(min_size(round_up(p->N, NR), NC), PANELS / p->K / NR * NR + NR);
@@ -995,8 +996,8 @@ static void sgd_update(float *const *x, size_t n, const optimizer_constants *c) 
         }
 }
 
-/* Updates elements [first, last): x[0] of the parameters, x[1 .. k - 2] of the optimizer's state. What does not fill
- * a vector at the end, in copies that do. */
+/* Updates elements [first, last): x[0] of the parameters, x[1 .. k - 2] of the optimizer's state. What
+ * does not fill a vector at the end, in copies that do. */
 static void optimize(rt_rank *rank, rt_block param, float *const *x, size_t k, rt_block grad, size_t first,
                      size_t last, optimizer_update *update, const optimizer_constants *c) {
     const size_t whole = last - (last - first) % VIT_ALIGNMENT;

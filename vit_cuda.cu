@@ -48,8 +48,8 @@ static const size_t WORKSPACE = (size_t)32 << 20; /* of cuBLASLt, as NVIDIA advi
 static const size_t SMALL_COPY = (size_t)64
                                  << 10; /* up to here the driver takes a copy of host memory at once */
 
-/* cuBLASLt is loaded when a rank opens the device, and not with the program: it would cost every run on a CPU
- * 0.6 s and 190 MB. NULL: there is no such library or function. */
+/* cuBLASLt is loaded when a rank opens the device, and not with the program, whose every run on a CPU
+ * would pay for its size in time and memory. NULL: there is no such library or function. */
 static void *cublaslt_function(const char *name) {
     static void *const library =
         dlopen("libcublasLt.so." CUBLASLT_STRING(CUBLAS_VER_MAJOR), RTLD_NOW | RTLD_LOCAL);

@@ -113,8 +113,8 @@ static inline void metrics_add_count(cJSON *line, const char *key, uint64_t valu
     cJSON_AddRawToObject(line, key, text);
 }
 
-/* Writes the object as one line, whole or not at all, and frees it: a line that the disk has no room for is cut
- * off again. */
+/* Writes the object as one line, whole or not at all, and frees it: a line that the disk has no room for
+ * is cut off again. */
 static inline int metrics_write(metrics_file *m, cJSON *line, error_text *e) {
     char *text = cJSON_PrintUnformatted(line);
     cJSON_Delete(line);

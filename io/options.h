@@ -331,8 +331,8 @@ static inline cJSON *options_to_json(const option_table *table, const void *valu
     return NULL;
 }
 
-/* Is every option that a training keeps what a run wrote down as `written`, in the file `path`? The first that
- * differs is an error. An option that the file does not have is passed over. */
+/* Is every option that a training keeps what a run wrote down as `written`, in the file `path`? The first
+ * that differs is an error. An option that the file does not have is passed over. */
 static inline int options_same_training(const option_table *table, const void *values, const cJSON *written,
                                         const char *path, error_text *e) {
     for (const option *o = table->options; o < table->options + table->count; o++) {
