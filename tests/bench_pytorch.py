@@ -4,8 +4,9 @@
 
 A configuration is MODEL:BATCH:RANKS[:STRATEGY], say vit_tiny_patch16_224:8:1, with the batch of all ranks
 together. One rank has THREADS threads; two or more, which are threads of ./train and processes of PyTorch
-over gloo, have one each. ddp is compared with DistributedDataParallel, eager and with torch.compile; zero3 with
-fully_shard (FSDP2), each block a group of its own, then the rest. PyTorch has fused AdamW.
+over gloo, have one each. ddp is compared with DistributedDataParallel, zero3 with fully_shard (FSDP2), each
+block a group of its own, then the rest; both eager and with torch.compile. PyTorch has fused AdamW, which is
+the fastest on DTensors of the CPU, too.
 
 In each round every side makes the same steps from the same weights; the first WARM_UP do not count, of the
 others the median does. The sides of PyTorch are processes that wait at a pipe while another side runs.
@@ -88,18 +89,21 @@ def worker(name, batch, ranks, rank, steps, mode, folder):
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/gloo-{mode}",
                                              world_size=ranks, rank=rank)
-    if mode == "fsdp":
+    sharded = mode.startswith("fsdp")
+    if sharded:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
         for block in model.blocks:
+            if mode == "fsdp+compile":  # each block by itself, as collectives break a graph of them all
+                block.compile()
             torch.distributed.fsdp.fully_shard(block, mesh=mesh)
         torch.distributed.fsdp.fully_shard(model, mesh=mesh)
-    local = [(p.to_local() if mode == "fsdp" else p).detach() for p in model.parameters()]  # shards, or whole
+    local = [(p.to_local() if sharded else p).detach() for p in model.parameters()]  # shards, or whole
     initial = [p.clone() for p in local]
     groups = param_groups_weight_decay(model, WEIGHT_DECAY, model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
     images, labels = images[rank::ranks].contiguous(), labels[rank::ranks].contiguous()
     forward = model
-    if ranks > 1 and mode != "fsdp":
+    if ranks > 1 and not sharded:
         forward = torch.nn.parallel.DistributedDataParallel(model)
     if mode == "compile":
         forward = torch.compile(forward)
@@ -157,7 +161,8 @@ class Train:
                         "--limit-val", batch, "--batch-size", batch // ranks, "--max-steps", steps,
                         "--nproc-per-node", ranks, "--threads-per-rank", 1 if ranks > 1 else THREADS,
                         "--scheduler", "constant", "--warmup-steps", 0, "--learning-rate", LEARNING_RATE,
-                        "--weight-decay", WEIGHT_DECAY, "--strategy", strategy, "--quiet", "--output-dir", self.output]
+                        "--weight-decay", WEIGHT_DECAY, "--strategy", strategy, "--quiet",
+                        "--output-dir", self.output]
 
     def run(self):
         shutil.rmtree(self.output, ignore_errors=True)
@@ -183,7 +188,7 @@ def compare(configuration, rounds, steps, modes):
     batch, ranks = int(batch), int(ranks)
     strategy = strategy[0] if strategy else "ddp" if ranks > 1 else "single"
     threads = 1 if ranks > 1 else THREADS
-    modes = modes or (["fsdp"] if strategy == "zero3" else ["eager", "compile"])
+    modes = modes or (["fsdp", "fsdp+compile"] if strategy in ("zero3", "fsdp") else ["eager", "compile"])
     print(f"{name}, global batch {batch}, {strategy}, {ranks} x {threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "--weights", name, folder], check=True)
@@ -207,7 +212,7 @@ def compare(configuration, rounds, steps, modes):
     summary = []
     for mode in modes:
         ratios = sorted(a / b for a, b in zip(times[mode], times["train"]))
-        summary.append(f"{configuration:31} {mode:8} / train {statistics.median(ratios):.3f} "
+        summary.append(f"{configuration:31} {mode:12} / train {statistics.median(ratios):.3f} "
                        f"({ratios[0]:.3f} to {ratios[-1]:.3f}, {rounds} rounds)   memory "
                        f"{1e-9 * memory['train']:.3f} GB, PyTorch {1e-9 * memory[mode]:.3f} GB")
     print("\n".join(summary))
@@ -226,7 +231,7 @@ def main():
     parser = argparse.ArgumentParser(description="./train against PyTorch")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6, help=f"of a round, of which {WARM_UP} do not count")
-    parser.add_argument("--modes", help="of PyTorch: eager,compile, for zero3 fsdp, unless it is given")
+    parser.add_argument("--modes", help="of PyTorch: eager,compile, or for zero3 fsdp,fsdp+compile")
     parser.add_argument("configurations", nargs="*", metavar="MODEL:BATCH:RANKS[:STRATEGY]",
                         default=CONFIGURATIONS)
     o = parser.parse_args()
