@@ -237,11 +237,15 @@ static void directory_of_step(const char *step, char directory[CHECKPOINT_PATH])
     directory[length > tail && !strcmp(directory + length - tail, inner) ? length - tail : 0] = 0;
 }
 
+static dist_optimizer optimizer_of(const train_options *o) {
+    return o->optimizer == CHOICE_OPTIMIZER_ADAMW ? DIST_ADAMW : DIST_SGD;
+}
+
 /* Finds the step folder that --resume means, and reads where it stood. */
 static int prepare_resume(run *r, error_text *e) {
     train_options *o = &r->o;
     char directory[CHECKPOINT_PATH], output[CHECKPOINT_PATH];
-    dist_optimizer optimizer = o->optimizer == CHOICE_OPTIMIZER_ADAMW ? DIST_ADAMW : DIST_SGD;
+    dist_optimizer optimizer = optimizer_of(o);
     if (!*o->resume) return 0;
     if (!strcmp(o->resume, "auto")) {
         if (checkpoint__join(directory, o->output_dir, "checkpoints", e) ||
@@ -383,7 +387,7 @@ static dist_options distribution(const run *r) {
                           .prefetch = o->prefetch,
                           .keep_after_forward = !o->reshard_after_forward,
                           .checkpoint_every = o->activation_checkpointing,
-                          .optimizer = o->optimizer == CHOICE_OPTIMIZER_ADAMW ? DIST_ADAMW : DIST_SGD,
+                          .optimizer = optimizer_of(o),
                           .adamw = {o->beta1, o->beta2, o->eps, o->weight_decay},
                           .sgd = {o->momentum, o->weight_decay},
                           .gradient_clipping = o->gradient_clipping,
@@ -757,7 +761,7 @@ static int is_first(const trainer *t) { return t->rank->rank == 0; }
  * it. */
 static int write_failed(trainer *t, const error_text *e) {
     if (!t->saved) return rt_fail(t->rank, "%s", e->text);
-    fprintf(stderr, "train: warning: %s\n", e->text);
+    say_warning(NULL, e->text);
     return 0;
 }
 
@@ -824,20 +828,13 @@ static checkpoint_state training_state(const trainer *t, size_t step, size_t use
     return s;
 }
 
-/* Writes the names of the folders `latest` and `best`, a file each; "": there is none. */
-static int write_pointers(trainer *t) {
-    const char *files[] = {"latest", "best"}, *names[] = {t->latest, t->best};
-    for (int i = 0; i < 2; i++) {
-        error_text e;
-        char path[CHECKPOINT_PATH];
-        snprintf(path, sizeof path, "%.*s/checkpoints/%s", CHECKPOINT_PATH - 32, t->r->o.output_dir,
-                 files[i]);
-        if (!*names[i])
-            unlink(path);
-        else if (file_write_atomic(path, names[i], strlen(names[i]), &e) && write_failed(t, &e))
-            return -1;
-    }
-    return 0;
+/* Makes checkpoints/latest or checkpoints/best name a folder; "": there is none. */
+static int write_pointer(trainer *t, const char *file, const char *name) {
+    error_text e;
+    char path[CHECKPOINT_PATH];
+    snprintf(path, sizeof path, "%.*s/checkpoints/%s", CHECKPOINT_PATH - 32, t->r->o.output_dir, file);
+    if (!*name) return unlink(path), 0;
+    return file_write_atomic(path, name, strlen(name), &e) ? write_failed(t, &e) : 0;
 }
 
 /* Every rank calls it; the rest is rank 0's. If it cannot be written and there is an older one, training goes
@@ -868,7 +865,9 @@ static int write_checkpoint(trainer *t, size_t step, size_t used, int last) {
     t->saved = 1;
     if (!is_first(t)) return 0;
     memcpy(t->latest, name, sizeof name);
-    if (write_pointers(t)) return -1;
+    int best_changed = strcmp(t->best, best_before) != 0;
+    if (write_pointer(t, "latest", t->latest) || (best_changed && write_pointer(t, "best", t->best)))
+        return -1;
     folder[strlen(folder) - strlen(name) - 1] = 0;
     checkpoint_prune(folder, o->keep_checkpoints, t->best, t->latest);
     cJSON *line = metrics_line("checkpoint");
@@ -1229,7 +1228,7 @@ static int open_output(trainer *t, size_t step) {
         if (removed)
             fprintf(stderr, "%zu checkpoint%s after step %zu removed, where training goes on\n", removed,
                     removed > 1 ? "s" : "", step);
-        if (write_pointers(t)) return -1;
+        if (write_pointer(t, "latest", t->latest) || write_pointer(t, "best", t->best)) return -1;
     }
     snprintf(path, sizeof path, "%.*s/metrics.jsonl", CHECKPOINT_PATH - 16, r->o.output_dir);
     snprintf(kept, sizeof kept, "{\"event\":\"checkpoint\",\"step\":%zu,", step);
