@@ -228,7 +228,10 @@ static int bench_step(bench *b, shape s) {
     b->images = malloc(pixels * sizeof *b->images);
     b->labels = calloc(s.B, sizeof *b->labels);
     for (size_t i = 0; i < pixels; i++) b->images[i] = (float)random_normal(1, i);
-    line(b, "training step", step, 0, 0, step_flops(m, (double)s.B), 0, 0);
+    const double flops = step_flops(m, (double)s.B);
+    char name[40];
+    snprintf(name, sizeof name, "step of %.1f GFLOP", 1e-9 * flops);
+    line(b, name, step, 0, 0, flops, 0, 0);
     free(b->images);
     free(b->labels);
     rt_free(rank, RT_OPTIMIZER, &b->exp_avg);
