@@ -51,14 +51,19 @@ flavour       = $(notdir $(patsubst %/,%,$(dir $@)))
 build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
 	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
 
-build/%/dist_tcp.o: dist_tcp.c dist_tcp.h dist.h vit.h runtime.h base.h build/config.mk | build/%/
-	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
+# Of processes that are one rank each.
+PROCESS := rendezvous dist_process dist_tcp
+define process_rule
+$(PROCESS:%=build/$(1)/%.o): build/$(1)/%.o: %.c $$(HEADERS) build/config.mk | build/$(1)/
+	$$(CC) $$(CFLAGS) $$($(1)_CFLAGS) -c $$< -o $$@
+endef
+$(foreach f,plain asan tsan,$(eval $(call process_rule,$(f))))
 
 build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o)
 build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS)
 build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS)
-build/plain/train build/asan/train build/tsan/train: build/%/train: train.c build/%/vit_cpu.o build/%/dist_tcp.o $(HEADERS)
-	$(CC) $(CFLAGS) $($*_CFLAGS) train.c build/$*/vit_cpu.o build/$*/dist_tcp.o -o $@ $($*_LIBS)
+build/plain/train build/asan/train build/tsan/train: build/%/train: train.c $(foreach p,vit_cpu $(PROCESS),build/%/$(p).o) $(HEADERS)
+	$(CC) $(CFLAGS) $($*_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
 
 # Machine code for each of CUDA_ARCHS, and PTX of the last, which newer GPUs translate.
 gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) \

@@ -46,8 +46,8 @@ typedef struct run {
     model_card card;
     size_t ranks, global_batch, steps_per_epoch, steps;
     launch launch;
-    dist_tcp *tcp; /* to the other processes, or NULL */
-    int silent;    /* rank 0 says why the run failed */
+    dist_process *process; /* one of several, or NULL */
+    int silent;            /* rank 0 says why the run failed */
     dist_hub *hub;
     int out_of_memory;      /* why the ranks failed */
     schedule *schedules;    /* [ranks] of the first step, with --print-schedule; each rank writes its own */
@@ -934,7 +934,7 @@ static int print_schedule(trainer *t) {
     dist_sum(&t->d, &none, 1); /* what the others noted is there */
     if (is_first(t) && !rt_failed(t->rank))
         schedule_print(stdout, t->r->schedules,
-                       t->r->tcp ? 1 : t->r->ranks); /* of other processes: not here */
+                       t->r->process ? 1 : t->r->ranks); /* of other processes: not here */
     return rt_failed(t->rank) ? -1 : 0;
 }
 
@@ -1261,7 +1261,7 @@ static int train_loop(trainer *t) {
     }
     double seconds = rt_seconds() - t->started;
     size_t steps = step - first;
-    if (status && r->tcp) r->interrupted = 1; /* the exit status of this process */
+    if (status && r->process) r->interrupted = 1; /* the exit status of this process */
     if ((steps && log_totals(t, steps)) || !is_first(t)) return rt_failed(t->rank) ? -1 : 0;
     cJSON *line = metrics_line("end");
     metrics_add_count(line, "steps", step);
@@ -1398,15 +1398,15 @@ static int join_ranks(run *r, error_text *e) {
     if (l->size == 1) return 0;
     int port = given(r, &o->rendezvous_port) ? (int)o->rendezvous_port : l->port ? l->port + 1 : 29501;
     r->silent = l->rank != 0;
-    r->tcp = dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
+    r->process = dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
     r->silent = 0;
-    return r->tcp ? 0 : -1;
+    return r->process ? 0 : -1;
 }
 
 /* Has this rank, or another, failed before the ranks start? What rank 0 chose is everyone's from here on. */
 static int agree(run *r, int failed, error_text *e) {
-    if (!r->tcp) return failed;
-    failed = dist_tcp_agree(r->tcp, failed, e, r->o.output_dir, sizeof r->o.output_dir);
+    if (!r->process) return failed;
+    failed = r->process->agree(r->process, failed, e, r->o.output_dir, sizeof r->o.output_dir);
     if (failed && !*e->text) r->silent = 1;
     return failed;
 }
@@ -1415,19 +1415,19 @@ static int agree(run *r, int failed, error_text *e) {
  * why. */
 static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char **table) {
     rt_world world;
-    int failed = -1, here = r->tcp ? 1 : (int)r->ranks;
-    int flags = (r->device->memory ? 0 : RT_CHECK) | (r->tcp ? RT_ELSEWHERE : 0);
+    int failed = -1, here = r->process ? 1 : (int)r->ranks;
+    int flags = (r->device->memory ? 0 : RT_CHECK) | (r->process ? RT_ELSEWHERE : 0);
     if (rt_world_init(&world, here, flags)) return error_set(e, "out of memory for %zu ranks", r->ranks);
-    if (r->tcp) world.ranks[0].rank = r->launch.rank;
+    if (r->process) world.ranks[0].rank = r->launch.rank;
     error_set(e, "out of memory for %zu ranks", r->ranks);
-    r->hub = r->tcp ? dist_tcp_start(r->tcp, &world, r->device, e) : dist_hub_create(&world);
+    r->hub = r->process ? r->process->start(r->process, &world, r->device, e) : dist_hub_create(&world);
     if (r->hub) failed = rt_run(&world, body, r);
-    if (r->hub && r->tcp && !dist_tcp_stop(r->tcp)) r->silent = world.failed;
+    if (r->hub && r->process && !r->process->stop(r->process)) r->silent = world.failed;
     if (failed && r->hub) *e = world.error;
     if (!failed) *e->text = 0;
     if (world.table) *table = strdup(world.table);
     r->out_of_memory = world.out_of_memory;
-    if (!r->tcp) dist_hub_free(r->hub);
+    if (!r->process) dist_hub_free(r->hub);
     rt_world_free(&world);
     return failed;
 }
@@ -1718,7 +1718,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; r->schedules && i < r->ranks; i++) free(r->schedules[i].entry);
     free(r->schedules);
     checkpoint_state_free(&r->state);
-    dist_tcp_close(r->tcp);
+    if (r->process) r->process->close(r->process);
     dataset_free(&r->train);
     dataset_free(&r->val);
     model_source_close(&r->source);
