@@ -4,9 +4,8 @@
  * its values of the owner's part; the owner adds them in rank order, chunk by chunk as they come. (2) Each
  * owner sends the part, as it is finished, to all. An all-reduce is both, a reduce-scatter (1), an
  * all-gather (2); in a reduce or a broadcast the root owns everything. Both directions of every link are
- * busy from the start, and a rank sends 2 (N - 1) / N of the payload, the least there is. (A ring that
- * adds in rank order would send up to twice that: partial sums would have to begin at rank 0, wherever
- * their owner is.)
+ * busy from the start, and a rank sends 2 (N - 1) / N of the payload, the least there is. (In a ring that
+ * adds in rank order, sums would have to begin at rank 0 and travel on to their owner: up to 1.5 times that.)
  *
  * What is posted goes into a queue (dist_process.h), which a thread carries out: for every peer it knows which
  * call it sends and which it receives, so that calls overlap; they are completed in order. A message begins
@@ -20,7 +19,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 enum { CHUNK = 256 << 10, STAGE = 4 * CHUNK, GOODBYE = DIST_OPS };
@@ -36,7 +34,6 @@ typedef struct {
 } tcp_work;
 
 typedef struct {
-    int left;                    /* it has said goodbye */
     uint64_t sending, receiving; /* numbers of calls */
     size_t sent, received;       /* bytes of these, fingerprint included */
     dist_fingerprint other;      /* of the call that is received */
@@ -126,12 +123,10 @@ static void prepare(dist_tcp *t, uint64_t i) {
     if (w->sums) t->stage_end += (w->own + 63) / 64 * 64;
 }
 
-static int sends_to(const dist_tcp *t, const dist_entry *x, int r) {
-    return r != t->rank && x->call.op != DIST_RECV && (x->call.op != DIST_SEND || r == x->call.peer);
-}
-
-static int receives_from(const dist_tcp *t, const dist_entry *x, int r) {
-    return r != t->rank && x->call.op != DIST_SEND && (x->call.op != DIST_RECV || r == x->call.peer);
+/* Does this rank send to rank r in a call, or else receive from it? */
+static int exchanges(const dist_tcp *t, const dist_entry *x, int r, int sends) {
+    int pair = x->call.op == DIST_SEND || x->call.op == DIST_RECV;
+    return r != t->rank && (!pair || (r == x->call.peer && (x->call.op == DIST_SEND) == sends));
 }
 
 /* Sends what there is for rank r. Returns 1: something was sent; *more: and there is more. */
@@ -141,27 +136,19 @@ static int push(dist_tcp *t, int r, uint64_t posted, int *more) {
         dist_entry *x = dist_queue_at(&t->queue, p->sending);
         const tcp_work *w = &t->work[p->sending % DIST_QUEUE];
         size_t theirs, at = part(t, x, r, &theirs), head = sizeof x->fingerprint, done = p->sent;
-        if (!sends_to(t, x, r)) continue;
+        if (!exchanges(t, x, r, 1)) continue;
         if (!w->sums) theirs = 0;
-        size_t finished = w->spreads ? w->sums ? w->summed : w->own : 0, own = w->spreads ? w->own : 0;
+        size_t own = w->spreads ? w->own : 0, finished = own && w->sums ? w->summed : own;
         if (done == head + theirs + own) continue;
-        struct iovec v[3] = {{(char *)&x->fingerprint, head},
-                             {theirs ? (char *)x->call.in.data + at : NULL, theirs},
-                             {w->sums ? w->to : (char *)w->from, finished}};
-        size_t wanted = 0;
-        for (int i = 0; i < 3; i++) {
-            size_t skip = done < v[i].iov_len ? done : v[i].iov_len, most = i ? CHUNK : head;
-            done -= skip;
-            v[i].iov_base = (char *)v[i].iov_base + skip;
-            v[i].iov_len -= skip;
-            int whole = v[i].iov_len <= most;
-            if (!whole) v[i].iov_len = most;
-            wanted += v[i].iov_len;
-            while (!whole && ++i < 3) v[i].iov_len = 0;
-        }
-        if (!wanted) return 0; /* the sum is not there yet */
-        struct msghdr m = {.msg_iov = v, .msg_iovlen = 3};
-        ssize_t k = sendmsg(t->fd[r], &m, MSG_NOSIGNAL);
+        const char *piece[] = {(char *)&x->fingerprint, theirs ? (char *)x->call.in.data + at : NULL,
+                               w->sums ? w->to : w->from};
+        const size_t bytes[] = {head, theirs, finished};
+        size_t i = 0;
+        while (i < 3 && done >= bytes[i]) done -= bytes[i++];
+        if (i == 3) return 0; /* the sum is not there yet */
+        size_t n = bytes[i] - done < CHUNK ? bytes[i] - done : CHUNK;
+        ssize_t k =
+            send(t->fd[r], piece[i] + done, n, MSG_NOSIGNAL | (i == 0 && theirs + finished ? MSG_MORE : 0));
         *more = 1;
         if (k < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
         if (k < 0) return lose(t, r, strerror(errno)), 0;
@@ -184,14 +171,14 @@ static int agrees(dist_tcp *t, int r, const dist_entry *x) {
 static int pull(dist_tcp *t, int r, uint64_t posted, int *more) {
     tcp_peer *p = &t->peer[r];
     *more = 0;
-    while (p->receiving < posted && !receives_from(t, dist_queue_at(&t->queue, p->receiving), r))
+    while (p->receiving < posted && !exchanges(t, dist_queue_at(&t->queue, p->receiving), r, 0))
         p->receiving++;
     char *to = (char *)&p->other + p->received;
     size_t head = sizeof p->other, n = p->received < head ? head - p->received : 0;
     if (!n && p->receiving == posted) return 0;
     dist_entry *x = dist_queue_at(&t->queue, p->receiving);
     const tcp_work *w = &t->work[p->receiving % DIST_QUEUE];
-    if (p->left) {
+    if (p->received == head && p->other.op == GOODBYE) {
         if (p->receiving < posted) disagree(t, r, &x->fingerprint, &p->other);
         return 0;
     }
@@ -209,19 +196,14 @@ static int pull(dist_tcp *t, int r, uint64_t posted, int *more) {
         } else {
             n = own + theirs - done;
             to = (char *)x->call.out.data + (x->call.op == DIST_RECV ? 0 : at) + (done - own);
-            if (n > CHUNK) n = CHUNK;
         }
-        if (done == own + theirs) {
-            p->receiving++, p->received = 0;
-            return 1;
-        }
+        if (done == own + theirs) return p->receiving++, p->received = 0, 1;
     }
     *more = 1;
     ssize_t k = recv(t->fd[r], to, n, 0);
     if (k < 0 && (errno == EAGAIN || errno == EINTR)) return 0;
     if (k <= 0) return lose(t, r, k ? strerror(errno) : "connection closed"), *more = 0;
     p->received += (size_t)k;
-    if (p->received == head && (size_t)k <= head && p->other.op == GOODBYE) p->left = 1;
     return 1;
 }
 
@@ -267,7 +249,7 @@ static int sum(dist_tcp *t, uint64_t posted) {
     return 0;
 }
 
-/* Are the oldest calls' bytes all sent and received? They are completed in order; it took them `moved`. */
+/* Completes, in order, the calls of which nothing is left to do; the oldest began at *begin. */
 static void complete(dist_tcp *t, uint64_t posted, double *begin) {
     while (t->queue.completed < posted && t->summing > t->queue.completed) {
         for (int r = 0; r < t->size; r++)
@@ -291,14 +273,14 @@ static void *carry_out(void *argument) {
         if (t->queue.completed == posted) begin = heard = rt_seconds();
         for (; t->prepared < posted; t->prepared++) prepare(t, t->prepared);
         for (int r = 0; r < t->size; r++) {
-            fds[r] = (struct pollfd){r == t->rank ? t->queue.wake : -1, POLLIN, 0};
+            fds[r] = (struct pollfd){t->queue.wake, POLLIN, 0};
             if (r == t->rank) continue;
+            fds[r].events = 0;
             moved |= push(t, r, posted, &more);
-            if (more) fds[r] = (struct pollfd){t->fd[r], POLLOUT, 0};
+            if (more) fds[r].events |= POLLOUT;
             moved |= pull(t, r, posted, &more);
-            if (more)
-                fds[r].events = (short)(fds[r].fd < 0 ? POLLIN : fds[r].events | POLLIN),
-                fds[r].fd = t->fd[r];
+            if (more) fds[r].events |= POLLIN;
+            fds[r].fd = fds[r].events ? t->fd[r] : -1;
         }
         moved |= sum(t, posted);
         complete(t, posted, &begin);
