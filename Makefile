@@ -15,7 +15,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
 TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits
-SCRIPTS := example mismatch train tcp resume kill images errors compare strategies docs
+SCRIPTS := example mismatch train tcp launchers resume kill images errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
@@ -23,7 +23,8 @@ FUZZERS := options safetensors idx cifar image
 .PHONY: demo test test-built test-gpu test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format
 .PHONY: install clean cuda-archs
 
-# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, NVCC, CUDA_CFLAGS, CUDA_LIBS.
+# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, MPI_CFLAGS, MPI_LIBS, NVCC,
+# CUDA_CFLAGS, CUDA_LIBS.
 # Goals that build nothing themselves do not ask.
 NO_PROBE := demo test fuzz test-sanitize bench-gpu validate format clean
 ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
@@ -39,7 +40,7 @@ build/config.mk: scripts/probe.sh | build/
 # Three flavours of everything: plain; asan, with UBSan; tsan. The last two go without OpenMP, whose library
 # is not instrumented, and fill freed memory of dist.h with NaN (DIST_DEBUG).
 
-LIBS         := $(JPEG_LIBS) -lcjson -lz -lm -lpthread
+LIBS         := $(JPEG_LIBS) $(MPI_LIBS) -lcjson -lz -lm -lpthread
 plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS) $(JPEG_CFLAGS)
 plain_LIBS    = $(BLAS_LIBS) $(LIBS)
 asan_CFLAGS  := $(JPEG_CFLAGS) -O1 -DDIST_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -52,10 +53,10 @@ build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
 	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
 
 # Of processes that are one rank each.
-PROCESS := rendezvous dist_process dist_tcp
+PROCESS := rendezvous dist_process dist_tcp $(if $(MPI_LIBS),dist_mpi)
 define process_rule
 $(PROCESS:%=build/$(1)/%.o): build/$(1)/%.o: %.c $$(HEADERS) build/config.mk | build/$(1)/
-	$$(CC) $$(CFLAGS) $$($(1)_CFLAGS) -c $$< -o $$@
+	$$(CC) $$(CFLAGS) $$($(1)_CFLAGS) $$(MPI_CFLAGS) -c $$< -o $$@
 endef
 $(foreach f,plain asan tsan,$(eval $(call process_rule,$(f))))
 
@@ -63,7 +64,7 @@ build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o)
 build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS)
 build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS)
 build/plain/train build/asan/train build/tsan/train: build/%/train: train.c $(foreach p,vit_cpu $(PROCESS),build/%/$(p).o) $(HEADERS)
-	$(CC) $(CFLAGS) $($*_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
+	$(CC) $(CFLAGS) $($*_CFLAGS) $(MPI_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
 
 # Machine code for each of CUDA_ARCHS, and PTX of the last, which newer GPUs translate.
 gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) \

@@ -24,7 +24,8 @@ typedef struct rendezvous {
 
 /* Meets the other ranks: rank 0 listens at `port`, the others look for it at `host` (IPv4). NULL: e says why,
  * after `timeout` seconds at most: which ranks have not come, that nobody answers, that the port is taken, or
- * that two processes are the same rank or disagree on the size. */
+ * that two processes are the same rank or disagree on the size. Others than rank 0 leave e empty where rank 0
+ * says it. */
 rendezvous *rendezvous_open(const char *host, int port, int rank, int size, double timeout, error_text *e);
 void rendezvous_close(rendezvous *z);
 

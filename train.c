@@ -18,6 +18,9 @@
 #include "compare.h"
 #include "data/dataset.h"
 #include "data/loader.h"
+#ifdef HAVE_MPI
+#include "dist_mpi.h"
+#endif
 #include "dist_tcp.h"
 #include "io/metrics.h"
 #include "launch.h"
@@ -299,6 +302,9 @@ static size_t steps_of_epochs(const run *r) {
     return left > SIZE_MAX - of_this_one ? SIZE_MAX : of_this_one + left;
 }
 
+/* How many of the ranks run on this host. */
+static size_t ranks_here(const run *r) { return r->process ? (size_t)r->launch.local_size : r->ranks; }
+
 /* Fills in every default that depends on something else; config.json shows what came of it. */
 static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
@@ -306,7 +312,8 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     if (*r->resumed && resume_batch(r, e)) return -1;
     size_t n = r->ranks = o->nproc_per_node, cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN),
            M = o->gradient_accumulation_steps;
-    if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > n ? cores / n : 1;
+    size_t here = ranks_here(r);
+    if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > here ? cores / here : 1;
     if (o->strategy < 0) o->strategy = n > 1 ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
     if (o->backend < 0) o->backend = CHOICE_BACKEND_LOCAL;
     if (o->reduce_dtype < 0) o->reduce_dtype = o->precision;
@@ -423,11 +430,11 @@ static int open_device(const run *r, rt_rank *rank, error_text *e) {
     return r->device == &vit_cpu ? vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, e) : 0;
 }
 
-/* Bytes of memory that the ranks of this process may have. */
+/* Bytes of memory that all ranks may have, if other hosts have what this one has. */
 static double available_bytes(const run *r) {
     double unused = 0, total;
     error_text ignored;
-    if (!r->device->memory) return report_available_bytes();
+    if (!r->device->memory) return report_available_bytes() * (double)r->ranks / (double)ranks_here(r);
     r->device->memory((int)r->ranks, &unused, &total, &ignored);
     return unused;
 }
@@ -1372,21 +1379,48 @@ static int prepare_output(run *r, error_text *e) {
     return 0;
 }
 
+#ifdef HAVE_MPI
+#define BACKENDS       "local, tcp, mpi"
+#define BACKEND_MPIRUN CHOICE_BACKEND_MPI
+#else
+#define BACKENDS       "local, tcp (not built with mpi)"
+#define BACKEND_MPIRUN CHOICE_BACKEND_TCP
+#endif
+
+/* Meets the other processes over the backend. NULL: e says why. */
+static dist_process *open_process(const run *r, error_text *e) {
+    const train_options *o = &r->o;
+    const launch *l = &r->launch;
+    int port = given(r, &o->rendezvous_port) ? (int)o->rendezvous_port : l->port ? l->port + 1 : 29501;
+    if (o->backend == CHOICE_BACKEND_TCP)
+        return dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
+#ifdef HAVE_MPI
+    return dist_mpi_open(l->rank, l->size, o->timeout, e);
+#else
+    error_set(e, "--backend mpi: found a program built without MPI (make prints what it found)");
+    return NULL;
+#endif
+}
+
 /* Joins the ranks that a launcher has started, if one has. */
 static int join_ranks(run *r, error_text *e) {
     train_options *o = &r->o;
     launch *l = &r->launch;
     if (launch_find(l, e)) return -1;
     if (o->backend < 0 && o->device == CHOICE_DEVICE_CPU)
-        o->backend = l->launcher ? CHOICE_BACKEND_TCP : CHOICE_BACKEND_LOCAL;
-    if (!l->launcher && o->backend == CHOICE_BACKEND_TCP)
+        o->backend = !l->launcher                    ? CHOICE_BACKEND_LOCAL
+                     : strcmp(l->launcher, "mpirun") ? CHOICE_BACKEND_TCP
+                                                     : BACKEND_MPIRUN;
+    if (!l->launcher && o->backend > CHOICE_BACKEND_LOCAL)
         return error_set(e,
-                         "--backend tcp: found no launcher's RANK and WORLD_SIZE, expected to be started by "
-                         "torchrun, srun or mpirun");
+                         "--backend %s: found no launcher's RANK and WORLD_SIZE, expected to be started by "
+                         "torchrun, srun or mpirun",
+                         options_choice(&train_table, o, &o->backend).text);
     if (!l->launcher) return 0;
     if (o->backend == CHOICE_BACKEND_LOCAL && l->size > 1)
-        return error_set(e, "--backend local: found a process that %s started as rank %d of %d, expected tcp",
-                         l->launcher, l->rank, l->size);
+        return error_set(
+            e, "--backend local: found a process that %s started as rank %d of %d, expected tcp or mpi",
+            l->launcher, l->rank, l->size);
     if (given(r, &o->nproc_per_node))
         return error_set(e, "found --nproc-per-node, expected none, as %s has started the ranks",
                          l->launcher);
@@ -1396,10 +1430,7 @@ static int join_ranks(run *r, error_text *e) {
     o->nproc_per_node = (size_t)l->size;
     if (l->rank) o->quiet = true;
     if (l->size == 1) return 0;
-    int port = given(r, &o->rendezvous_port) ? (int)o->rendezvous_port : l->port ? l->port + 1 : 29501;
-    r->silent = l->rank != 0;
-    r->process = dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
-    r->silent = 0;
+    r->process = open_process(r, e);
     return r->process ? 0 : -1;
 }
 
@@ -1502,13 +1533,13 @@ static int command_env(run *r, error_text *e, char **table) {
     uname(&host);
     r->ranks = r->o.nproc_per_node;
     if (prepare_device(r, e)) return -1;
-    if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > r->ranks ? cores / r->ranks : 1;
+    size_t here = ranks_here(r);
+    if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > here ? cores / here : 1;
     printf("version            %s\nhost               %s, %s %s\ncores              %zu\nmemory             "
            "%.1f GB\n",
            TRAIN_VERSION, host.nodename, host.sysname, host.machine, cores,
            1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
-    printf("devices            cpu" ENV_CUDA "\nbackends           local, tcp (mpi and nccl are "
-           "not built yet)\n");
+    printf("devices            cpu" ENV_CUDA "\nbackends           " BACKENDS " (nccl is not built yet)\n");
     return run_ranks(r, env_body, e, table);
 }
 
