@@ -14,7 +14,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
-TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits
+TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits transport
 SCRIPTS := example mismatch train tcp launchers resume kill images errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
@@ -89,6 +89,8 @@ demo:
 test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST_TEST_SKIP_WAIT)
 test_flags += $(if $(filter %test_poison,$@),-DDIST_DEBUG)
 define test_rule
+build/$(1)/test_transport: tests/test_transport.c build/$(1)/vit_cpu.o $(PROCESS:%=build/$(1)/%.o) $$(HEADERS)
+	$$(CC) $$(test_flags) $$(filter %.c %.o,$$^) -o $$@ -lcmocka $$($(1)_LIBS)
 $(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) tests/files.h build/config.mk | build/$(1)/
 	$$(CC) $$(test_flags) $$< -o $$@ -lcmocka $$($(1)_LIBS)
 build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard tests/*.h)
@@ -113,7 +115,7 @@ build/plain/bench_decode: tests/bench_decode.c $(HEADERS) build/config.mk | buil
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $< -o $@ $(plain_LIBS)
 
 PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%)
-PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist build/tsan/test_loader
+PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist build/tsan/test_loader build/tsan/test_transport
 
 test:
 	@scripts/install.sh test

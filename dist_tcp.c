@@ -214,7 +214,7 @@ static int sum(dist_tcp *t, uint64_t posted) {
         rt_type type = dist_type(&dist_queue_at(&t->queue, t->summing)->call);
         size_t size = rt_type_size(type), n = x->own - x->summed, N = (size_t)t->size;
         if (!x->sums) {
-            if (x->to && x->to != x->from) memcpy(x->to, x->from, x->own);
+            if (x->own && x->to && x->to != x->from) memcpy(x->to, x->from, x->own);
             x->summed = x->own;
             continue;
         }
