@@ -24,7 +24,7 @@ FUZZERS := options safetensors idx cifar image
 .PHONY: install clean cuda-archs
 
 # What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, MPI_CFLAGS, MPI_LIBS, NVCC,
-# CUDA_CFLAGS, CUDA_LIBS.
+# CUDA_CFLAGS, CUDA_LIBS, NCCL_CFLAGS, NCCL_LIBS.
 # Goals that build nothing themselves do not ask.
 NO_PROBE := demo test fuzz test-sanitize bench-gpu validate format clean
 ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
@@ -54,15 +54,17 @@ build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
 
 # Of processes that are one rank each.
 PROCESS := rendezvous dist_process dist_tcp $(if $(MPI_LIBS),dist_mpi)
+build/plain/dist_nccl.o: dist_nccl.c $(HEADERS) build/config.mk | build/plain/
+	$(CC) $(CFLAGS) $(plain_CFLAGS) $(NCCL_CFLAGS) -c $< -o $@
 define process_rule
 $(PROCESS:%=build/$(1)/%.o): build/$(1)/%.o: %.c $$(HEADERS) build/config.mk | build/$(1)/
 	$$(CC) $$(CFLAGS) $$($(1)_CFLAGS) $$(MPI_CFLAGS) -c $$< -o $$@
 endef
 $(foreach f,plain asan tsan,$(eval $(call process_rule,$(f))))
 
-build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o)
-build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS)
-build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS)
+build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o) $(if $(NCCL_LIBS),build/plain/dist_nccl.o)
+build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS) $(NCCL_CFLAGS)
+build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS) $(NCCL_LIBS)
 build/plain/train build/asan/train build/tsan/train: build/%/train: train.c $(foreach p,vit_cpu $(PROCESS),build/%/$(p).o) $(HEADERS)
 	$(CC) $(CFLAGS) $($*_CFLAGS) $(MPI_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
 

@@ -122,7 +122,7 @@ static int mpi_agree(dist_process *p, int failed, error_text *e, char *shared, s
 }
 
 static dist_hub *mpi_start(dist_process *p, rt_world *world, const vit_device *device, error_text *e) {
-    static const dist_transport transport = {"mpi", dist_queue_post};
+    static const dist_transport transport = {"mpi", dist_queue_post, NULL, NULL};
     dist_mpi *m = (dist_mpi *)p;
     m->device = device;
     return dist_queue_start(&m->queue, &transport, world, m->size, carry_out, m, e) ? NULL : &m->queue.head;

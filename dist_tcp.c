@@ -299,7 +299,7 @@ static int tcp_agree(dist_process *p, int failed, error_text *e, char *shared, s
 }
 
 static dist_hub *tcp_start(dist_process *p, rt_world *world, const vit_device *device, error_text *e) {
-    static const dist_transport transport = {"tcp", dist_queue_post};
+    static const dist_transport transport = {"tcp", dist_queue_post, NULL, NULL};
     dist_tcp *t = (dist_tcp *)p;
     t->device = device;
     t->speaks = 1; /* of its own failures */
@@ -320,7 +320,10 @@ static int tcp_stop(dist_process *p) {
     dist_fingerprint goodbye = {.op = GOODBYE};
     for (int r = 0; r < t->size; r++)
         if (r != t->rank) rendezvous_transfer(t->fd[r], &goodbye, sizeof goodbye, 1, rt_seconds() + 5);
-    return 0;
+    error_text why;
+    if (!rendezvous_end(t->meeting, &why, &t->speaks)) return 0;
+    rt_fail(&w->ranks[0], "%s", why.text);
+    return t->speaks;
 }
 
 static void tcp_close(dist_process *p) {

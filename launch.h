@@ -1,4 +1,5 @@
-/* launch.h - which rank this process is, as torchrun, srun or mpirun tell it in the environment.
+/* launch.h - which rank this process is, as torchrun, srun, mpirun or this program itself (spawn.h) tell it in
+ * the environment.
  *
  *     launch l;
  *     if (launch_find(&l, &e)) ...        // l.launcher NULL: nobody has started this process as a rank
@@ -14,13 +15,15 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct launch {
-    const char *launcher; /* "torchrun", "srun", "mpirun"; NULL: none */
+    const char *launcher; /* "torchrun", "srun", "mpirun", "train"; NULL: none */
     int rank, size;
     int local_rank, local_size; /* on this host */
     char host[256];             /* where rank 0 is */
     int port;                   /* MASTER_PORT; 0: not given */
+    int turn;                   /* of "train": where the right to write the error lies */
 } launch;
 
 /* A whole number of the environment in [least, most]. */
@@ -48,6 +51,7 @@ static inline int launch_find(launch *l, error_text *e) {
     static const struct {
         const char *launcher, *needs, *rank, *size, *local_rank, *local_size;
     } known[] = {
+        {"train", "TRAIN_TURN", "RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE"},
         {"torchrun", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
         {"mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
          "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"},
@@ -70,6 +74,7 @@ static inline int launch_find(launch *l, error_text *e) {
         if (l->local_size < 1 || l->local_size > l->size) l->local_size = l->size;
     }
     if (!l->launcher) return 0;
+    if (!strcmp(l->launcher, "train") && launch__number("TRAIN_TURN", 0, 1 << 20, &l->turn, e)) return -1;
     if (getenv("MASTER_PORT") && launch__number("MASTER_PORT", 1, 65534, &l->port, e)) return -1;
     if (host)
         snprintf(l->host, sizeof l->host, "%s", host);
@@ -80,6 +85,12 @@ static inline int launch_find(launch *l, error_text *e) {
     else
         snprintf(l->host, sizeof l->host, "127.0.0.1");
     return 0;
+}
+
+/* May this process say why all have failed? Of ranks that the program has started one may, once. */
+static inline int launch_takes_turn(const launch *l) {
+    char byte;
+    return !l->launcher || strcmp(l->launcher, "train") || read(l->turn, &byte, 1) == 1;
 }
 
 #endif

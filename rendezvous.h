@@ -41,6 +41,14 @@ int rendezvous_connect(rendezvous *z, int *fd, error_text *e);
  * process will print it. */
 void rendezvous_tell(rendezvous *z, const char *failure, int speaks);
 
+/* Looks, without waiting: a rank that has failed or gone, as far as this one is connected to it; -1: none. One
+ * that waits in rendezvous_agree has not. */
+int rendezvous_gone(rendezvous *z);
+
+/* After a run that ended well here; every such rank calls it. -1: some rank has not ended well, and *speaks:
+ * this process is the one to print `why`. */
+int rendezvous_end(rendezvous *z, error_text *why, int *speaks);
+
 /* What rank r, which has gone, had told: 1, its failure, and in *speaks whether this process should print it,
  * as rank 0 does what nobody has printed. 0: nothing, it was killed or cut off; *speaks likewise. Waits for a
  * second at most. */

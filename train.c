@@ -21,10 +21,14 @@
 #ifdef HAVE_MPI
 #include "dist_mpi.h"
 #endif
+#ifdef HAVE_NCCL
+#include "dist_nccl.h"
+#endif
 #include "dist_tcp.h"
 #include "io/metrics.h"
 #include "launch.h"
 #include "report.h"
+#include "spawn.h"
 #include "train_options.h"
 
 #include <signal.h>
@@ -410,14 +414,14 @@ static int prepare_device(run *r, error_text *e) {
     if (o->device == CHOICE_DEVICE_CPU) return 0;
 #ifdef HAVE_CUDA
     r->device = &vit_cuda;
-    if (o->nproc_per_node > 1 && o->backend != CHOICE_BACKEND_LOCAL)
-        return error_set(
-            e,
-            "--device cuda: found %zu ranks, expected 1, or --backend local, with which ranks share "
-            "GPUs (nccl, one process a GPU, is not built yet)",
-            o->nproc_per_node);
+    if (o->nproc_per_node > 1 && o->backend != CHOICE_BACKEND_LOCAL && o->backend != CHOICE_BACKEND_NCCL)
+        return error_set(e,
+                         "--device cuda: found --backend %s, expected nccl (a process a GPU), or local, with "
+                         "which ranks of one process share the GPUs",
+                         options_choice(&train_table, o, &o->backend).text);
     double unused, total;
-    return vit_cuda.memory((int)o->nproc_per_node, &unused, &total, e);
+    int own = r->process ? r->launch.local_rank : 0;
+    return vit_cuda.memory(own, r->process ? 1 : (int)o->nproc_per_node, &unused, &total, e);
 #else
     return error_set(e, "--device cuda: this program was not built with CUDA (make found no nvcc)");
 #endif
@@ -435,8 +439,9 @@ static double available_bytes(const run *r) {
     double unused = 0, total;
     error_text ignored;
     if (!r->device->memory) return report_available_bytes() * (double)r->ranks / (double)ranks_here(r);
-    r->device->memory((int)r->ranks, &unused, &total, &ignored);
-    return unused;
+    if (!r->process) return r->device->memory(0, (int)r->ranks, &unused, &total, &ignored), unused;
+    r->device->memory(r->launch.local_rank, 1, &unused, &total, &ignored);
+    return unused * (double)r->ranks;
 }
 
 /* What cannot fit is refused at once: a system that promises memory that it has not kills who uses it. */
@@ -1031,11 +1036,13 @@ static int train_epoch(trainer *t, size_t *step) {
 static void report_card(const trainer *t, const int64_t *all, size_t length) {
     double unused, total, ledger = 0;
     error_text e;
-    if (!t->r->device->memory || t->r->device->memory((int)t->r->ranks, &unused, &total, &e)) return;
-    for (size_t k = 0; k < t->r->ranks; k++)
-        for (int c = 0; c < RT_CATEGORIES; c++) ledger += (double)all[length * k + 2 * (size_t)c];
+    const run *r = t->r;
+    int own = r->process ? r->launch.local_rank : 0, here = r->process ? 1 : (int)r->ranks;
+    if (!r->device->memory || r->device->memory(own, here, &unused, &total, &e)) return;
+    for (int k = 0; k < here; k++) /* of one process a GPU: rank 0's */
+        for (int c = 0; c < RT_CATEGORIES; c++) ledger += (double)all[length * (size_t)k + 2 * (size_t)c];
     fprintf(stderr, "%-16s %14.0f\n%-16s %14.0f\n%-16s %14.0f  %s\n", "GPU, in use", total - unused,
-            "ledger, all ranks", ledger, "difference", total - unused - ledger,
+            r->process ? "ledger" : "ledger, all ranks", ledger, "difference", total - unused - ledger,
             "context, kernels, cuBLASLt's workspace, scratch, other programs");
 }
 
@@ -1185,6 +1192,14 @@ static int write_config(trainer *t) {
     );
     cJSON_AddStringToObject(about, "matrix_product", r->device->description(t->rank));
     cJSON_AddNumberToObject(about, "threads", (double)r->o.threads_per_rank);
+    extern char **environ;
+    for (char **v = environ; r->o.backend == CHOICE_BACKEND_NCCL && *v; v++) { /* NCCL's settings */
+        char name[64];
+        const char *value = strchr(*v, '=');
+        if (strncmp(*v, "NCCL_", 5) || !value || value - *v >= (ptrdiff_t)sizeof name) continue;
+        snprintf(name, sizeof name, "%.*s", (int)(value - *v), *v);
+        cJSON_AddStringToObject(about, name, value + 1);
+    }
     cJSON_AddItemToObject(root, "run", about);
     char *text = cJSON_Print(root);
     cJSON_Delete(root);
@@ -1380,48 +1395,79 @@ static int prepare_output(run *r, error_text *e) {
 }
 
 #ifdef HAVE_MPI
-#define BACKENDS       "local, tcp, mpi"
 #define BACKEND_MPIRUN CHOICE_BACKEND_MPI
+#define BACKENDS_MPI   ", mpi"
 #else
-#define BACKENDS       "local, tcp (not built with mpi)"
 #define BACKEND_MPIRUN CHOICE_BACKEND_TCP
+#define BACKENDS_MPI   ""
 #endif
+#ifdef HAVE_NCCL
+#define BACKENDS_NCCL ", nccl"
+#else
+#define BACKENDS_NCCL ""
+#endif
+
+/* Who has started this process, and what communicates. */
+static int find_launch(run *r, error_text *e) {
+    train_options *o = &r->o;
+    const launch *l = &r->launch;
+    if (launch_find(&r->launch, e)) return -1;
+    int several = l->launcher ? l->size > 1 : o->nproc_per_node > 1;
+    if (o->backend >= 0) return 0;
+    if (o->device == CHOICE_DEVICE_CUDA)
+        o->backend = several ? CHOICE_BACKEND_NCCL : CHOICE_BACKEND_LOCAL;
+    else
+        o->backend = !l->launcher                    ? CHOICE_BACKEND_LOCAL
+                     : strcmp(l->launcher, "mpirun") ? CHOICE_BACKEND_TCP
+                                                     : BACKEND_MPIRUN;
+    return 0;
+}
+
+/* Is this process to start the ranks, each a process of its own, and to wait for them? */
+static int starts_ranks(const run *r) {
+    const train_options *o = &r->o;
+    size_t command = o->state.command;
+    return !r->launch.launcher && o->nproc_per_node > 1 &&
+           (o->backend == CHOICE_BACKEND_TCP || o->backend == CHOICE_BACKEND_NCCL) &&
+           (command == COMMAND_TRAIN || command == COMMAND_EVAL || command == COMMAND_ENV);
+}
 
 /* Meets the other processes over the backend. NULL: e says why. */
 static dist_process *open_process(const run *r, error_text *e) {
     const train_options *o = &r->o;
     const launch *l = &r->launch;
     int port = given(r, &o->rendezvous_port) ? (int)o->rendezvous_port : l->port ? l->port + 1 : 29501;
-    if (o->backend == CHOICE_BACKEND_TCP)
-        return dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
+    switch (o->backend) {
+    case CHOICE_BACKEND_TCP: return dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
 #ifdef HAVE_MPI
-    return dist_mpi_open(l->rank, l->size, o->timeout, e);
-#else
-    error_set(e, "--backend mpi: found a program built without MPI (make prints what it found)");
-    return NULL;
+    case CHOICE_BACKEND_MPI: return dist_mpi_open(l->rank, l->size, o->timeout, e);
 #endif
+#ifdef HAVE_NCCL
+    case CHOICE_BACKEND_NCCL: return dist_nccl_open(l->host, port, l->rank, l->size, o->timeout, e);
+#endif
+    default:
+        error_set(e, "--backend %s: found a program built without it (make prints what it found)",
+                  options_choice(&train_table, o, &o->backend).text);
+        return NULL;
+    }
 }
 
 /* Joins the ranks that a launcher has started, if one has. */
 static int join_ranks(run *r, error_text *e) {
     train_options *o = &r->o;
     launch *l = &r->launch;
-    if (launch_find(l, e)) return -1;
-    if (o->backend < 0 && o->device == CHOICE_DEVICE_CPU)
-        o->backend = !l->launcher                    ? CHOICE_BACKEND_LOCAL
-                     : strcmp(l->launcher, "mpirun") ? CHOICE_BACKEND_TCP
-                                                     : BACKEND_MPIRUN;
     if (!l->launcher && o->backend > CHOICE_BACKEND_LOCAL)
         return error_set(e,
-                         "--backend %s: found no launcher's RANK and WORLD_SIZE, expected to be started by "
-                         "torchrun, srun or mpirun",
-                         options_choice(&train_table, o, &o->backend).text);
+                         "--backend %s: found one rank, or a command that runs in one process, expected "
+                         "train, eval or env with %storchrun, srun or mpirun",
+                         options_choice(&train_table, o, &o->backend).text,
+                         o->backend == CHOICE_BACKEND_MPI ? "" : "--nproc-per-node, ");
     if (!l->launcher) return 0;
     if (o->backend == CHOICE_BACKEND_LOCAL && l->size > 1)
         return error_set(
-            e, "--backend local: found a process that %s started as rank %d of %d, expected tcp or mpi",
+            e, "--backend local: found a process that %s started as rank %d of %d, expected tcp, mpi or nccl",
             l->launcher, l->rank, l->size);
-    if (given(r, &o->nproc_per_node))
+    if (given(r, &o->nproc_per_node) && strcmp(l->launcher, "train"))
         return error_set(e, "found --nproc-per-node, expected none, as %s has started the ranks",
                          l->launcher);
     if (r->o.state.command == COMMAND_COMPARE || r->o.state.command == COMMAND_EXPORT ||
@@ -1449,11 +1495,12 @@ static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char
     int failed = -1, here = r->process ? 1 : (int)r->ranks;
     int flags = (r->device->memory ? 0 : RT_CHECK) | (r->process ? RT_ELSEWHERE : 0);
     if (rt_world_init(&world, here, flags)) return error_set(e, "out of memory for %zu ranks", r->ranks);
-    if (r->process) world.ranks[0].rank = r->launch.rank;
+    if (r->process) world.ranks[0].rank = r->launch.rank, world.ranks[0].local_rank = r->launch.local_rank;
     error_set(e, "out of memory for %zu ranks", r->ranks);
     r->hub = r->process ? r->process->start(r->process, &world, r->device, e) : dist_hub_create(&world);
     if (r->hub) failed = rt_run(&world, body, r);
     if (r->hub && r->process && !r->process->stop(r->process)) r->silent = world.failed;
+    if (world.failed) failed = -1; /* by the others, while this rank said goodbye */
     if (failed && r->hub) *e = world.error;
     if (!failed) *e->text = 0;
     if (world.table) *table = strdup(world.table);
@@ -1539,7 +1586,8 @@ static int command_env(run *r, error_text *e, char **table) {
            "%.1f GB\n",
            TRAIN_VERSION, host.nodename, host.sysname, host.machine, cores,
            1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
-    printf("devices            cpu" ENV_CUDA "\nbackends           " BACKENDS " (nccl is not built yet)\n");
+    printf("devices            cpu" ENV_CUDA "\nbackends           local, tcp" BACKENDS_MPI BACKENDS_NCCL
+           "\n");
     return run_ranks(r, env_body, e, table);
 }
 
@@ -1695,6 +1743,10 @@ int main(int argc, char **argv) {
         status = 2;
     } else if (r->o.state.command == COMMAND_HELP) {
         status = command_help(&r->o, &e) ? 2 : 0;
+    } else if (find_launch(r, &e)) {
+        status = 1;
+    } else if (starts_ranks(r)) {
+        status = spawn_ranks(argv, (int)r->o.nproc_per_node, &e);
     } else if (join_ranks(r, &e)) {
         status = 1;
     } else if (r->o.state.command == COMMAND_ENV) {
@@ -1739,10 +1791,11 @@ int main(int argc, char **argv) {
         status = 1, error_set(&e, "stdout: cannot be written: %s", strerror(errno));
     for (char *c = e.text; *c; c++) /* names from outside may hold line ends: one line */
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    if (status && *e.text && !r->silent) /* on a terminal: in place of a progress line */
+    int speaks = status && *e.text && !r->silent && launch_takes_turn(&r->launch);
+    if (speaks) /* on a terminal: in place of a progress line */
         fprintf(stderr, "%strain: error: %s\n%s", isatty(STDERR_FILENO) ? "\r\033[K" : "", e.text,
                 table ? table : "");
-    if (status && r->out_of_memory) {
+    if (speaks && r->out_of_memory) {
         dist_options d = distribution(r);
         report_advice(stderr, r->device, &r->model, &d, (int)r->ranks, available_bytes(r));
     }

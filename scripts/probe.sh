@@ -60,9 +60,12 @@ if [ -x "$nvcc" ] && try cublasLt.h "-I$cuda/include $libs -lcublasLt"; then
 else
     row CUDA "not found" "no --device cuda: it needs nvcc and cuBLASLt"
 fi
-found="not found"
-if try nccl.h "-I$cuda/include -L$cuda/lib64 -lnccl"; then found=found; fi
-row NCCL "$found" "--backend nccl is not built yet"
+if [ -x "$nvcc" ] && try nccl.h "-I$cuda/include $libs -lnccl"; then
+    row NCCL found "--backend nccl"
+    printf 'NCCL_CFLAGS := -DHAVE_NCCL -I%s\nNCCL_LIBS := -L%s -lnccl\n' "$cuda/include" "$cuda/lib64" >>"$output"
+else
+    row NCCL "not found" "no --backend nccl"
+fi
 mpi=$(mpicc -show 2>/dev/null | cut -d ' ' -f 2- || true) # of any MPI: what its compiler adds
 if [ -n "$mpi" ] && try mpi.h "$mpi"; then
     row MPI found "--backend mpi"
