@@ -15,7 +15,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
 TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits transport
-SCRIPTS := example mismatch train tcp launchers resume kill images errors compare strategies docs
+SCRIPTS := example mismatch train tcp launchers nccl resume kill images errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
@@ -67,6 +67,10 @@ build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS) $(NCCL_CFLAGS)
 build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS) $(NCCL_LIBS)
 build/plain/train build/asan/train build/tsan/train: build/%/train: train.c $(foreach p,vit_cpu $(PROCESS),build/%/$(p).o) $(HEADERS)
 	$(CC) $(CFLAGS) $($*_CFLAGS) $(MPI_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
+
+# The program over tests/fake_nccl.c instead of NCCL and a GPU.
+build/plain/train_fake: train.c tests/fake_nccl.c build/plain/vit_cpu.o $(PROCESS:%=build/plain/%.o) build/plain/dist_nccl.o $(HEADERS)
+	$(CC) $(CFLAGS) $(plain_CFLAGS) -DHAVE_CUDA $(MPI_CFLAGS) $(NCCL_CFLAGS) $(filter %.c %.o,$^) -o $@ $(plain_LIBS)
 
 # Machine code for each of CUDA_ARCHS, and PTX of the last, which newer GPUs translate.
 gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) \
@@ -122,7 +126,8 @@ PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_d
 test:
 	@scripts/install.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) test-built
-test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS)
+test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS) \
+    $(if $(NCCL_LIBS),build/plain/train_fake)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
 test-gpu: train $(if $(NVCC),$(GPU_TESTS))

@@ -11,8 +11,8 @@
 #include <string.h>
 
 typedef struct {
+    dist_hub hub; /* first: comm->shared */
     dist_process head;
-    dist_hub hub;
     rendezvous *meeting;
     int rank, size, speaks, watches;
     ncclUniqueId id;
@@ -37,20 +37,25 @@ static int fail(dist_nccl *n, int speaks, const char *why) {
     return -1;
 }
 
+/* What NCCL has to say, and the last collective; with the lock held. */
+static const char *says(const dist_nccl *n, const char *what, error_text *why) {
+    const rt_note *last = &n->hub.world->ranks[0].last;
+    error_set(why, "rank %d%s after %s %llu (%s)", n->rank, what, last->op ? last->op : "no collective",
+              (unsigned long long)last->sequence, last->op ? last->unit : "-");
+    return why->text;
+}
+
 /* A call has been accepted, or is under way (the communicator does not block). -1: the world has failed. */
-static int settle(dist_nccl *n, ncclResult_t result, const char *what) {
+static int settle(dist_nccl *n, ncclResult_t result) {
     double deadline = rt_seconds() + n->meeting->timeout;
     rt_world *w = n->hub.world;
-    char why[256];
+    error_text why, what;
     for (;; poll(NULL, 0, 1)) {
         pthread_mutex_lock(&w->lock);
         if (result == ncclInProgress && n->comm) ncclCommGetAsyncError(n->comm, &result);
         int late = rt_seconds() > deadline, wrong = result != ncclSuccess && result != ncclInProgress;
-        if (wrong || late) {
-            snprintf(why, sizeof why, "rank %d: %s: %s", n->rank, what,
-                     wrong ? ncclGetErrorString(result) : "no answer within the time (--timeout)");
-            fail(n, 1, why);
-        }
+        error_set(&what, ": NCCL: %s,", wrong ? ncclGetErrorString(result) : "no answer (--timeout)");
+        if (wrong || late) fail(n, 1, says(n, what.text, &why));
         int failed = atomic_load(&w->failed);
         pthread_mutex_unlock(&w->lock);
         if (failed || result == ncclSuccess) return failed ? -1 : 0;
@@ -62,26 +67,20 @@ static void *watch(void *argument) {
     dist_nccl *n = argument;
     rt_world *w = n->hub.world;
     for (int stop = 0; !stop; poll(NULL, 0, 100)) {
-        error_text why = {{0}};
-        const char *wrong = NULL;
+        error_text why = {{0}}, what = {{0}};
         int speaks = 1, gone = rendezvous_gone(n->meeting);
         int told = gone >= 0 && rendezvous_told(n->meeting, gone, &why, &speaks);
         pthread_mutex_lock(&w->lock);
         ncclResult_t result = ncclSuccess;
         if (n->comm) ncclCommGetAsyncError(n->comm, &result);
-        if (result != ncclSuccess && result != ncclInProgress) wrong = ncclGetErrorString(result);
-        if (n->comm && n->last_post > 0 && rt_seconds() - n->last_post > n->meeting->timeout &&
-            cudaEventQuery(n->posted) == cudaErrorNotReady)
-            wrong = "no word from the others within the time (--timeout)";
-        const rt_note *last = &w->ranks[0].last;
-        if (gone >= 0 && !told)
-            error_set(&why, "rank %d lost rank %d after %s %llu (%s)", n->rank, gone,
-                      last->op ? last->op : "-", (unsigned long long)last->sequence,
-                      last->op ? last->unit : "-");
-        else if (wrong && !told)
-            error_set(&why, "rank %d: NCCL: %s, after %s %llu (%s)", n->rank, wrong,
-                      last->op ? last->op : "-", (unsigned long long)last->sequence,
-                      last->op ? last->unit : "-");
+        if (gone >= 0)
+            error_set(&what, " lost rank %d", gone);
+        else if (result != ncclSuccess && result != ncclInProgress)
+            error_set(&what, ": NCCL: %s,", ncclGetErrorString(result));
+        else if (n->comm && n->last_post > 0 && rt_seconds() - n->last_post > n->meeting->timeout &&
+                 cudaEventQuery(n->posted) == cudaErrorNotReady)
+            error_set(&what, ": no word from the others for %g s (--timeout)", n->meeting->timeout);
+        if (*what.text && !told) says(n, what.text, &why);
         if (*why.text || atomic_load(&w->failed)) fail(n, speaks, why.text);
         stop = n->stop || atomic_load(&w->failed);
         pthread_mutex_unlock(&w->lock);
@@ -89,19 +88,15 @@ static void *watch(void *argument) {
     return NULL;
 }
 
-static ncclDataType_t type_of(rt_type type) {
-    return type == RT_FP32   ? ncclFloat32
-           : type == RT_BF16 ? ncclBfloat16
-           : type == RT_FP16 ? ncclFloat16
-           : type == RT_I64  ? ncclInt64
-                             : ncclUint8;
-}
+static const ncclDataType_t types[] = {
+    [RT_U8] = ncclUint8,  [RT_I32] = ncclInt32,     [RT_I64] = ncclInt64,  [RT_U64] = ncclUint64,
+    [RT_FP16] = ncclHalf, [RT_BF16] = ncclBfloat16, [RT_FP32] = ncclFloat, [RT_FP64] = ncclDouble};
 
 static ncclResult_t launch(const dist_nccl *n, const dist_call *c, cudaStream_t s) {
     const void *in = c->in.data;
     void *out = c->out.data;
     const size_t count = dist_elements(c), share = count / (size_t)n->size;
-    const ncclDataType_t type = type_of(dist_type(c));
+    const ncclDataType_t type = types[dist_type(c)];
     switch (c->op) {
     case DIST_ALL_REDUCE:
     case DIST_CONTROL: return ncclAllReduce(in, out, count, type, ncclSum, n->comm, s);
@@ -117,7 +112,7 @@ static ncclResult_t launch(const dist_nccl *n, const dist_call *c, cudaStream_t 
 }
 
 static void post(dist_comm *comm, const dist_call *calls, size_t count) {
-    dist_nccl *n = (dist_nccl *)((char *)comm->shared - offsetof(dist_nccl, hub));
+    dist_nccl *n = comm->shared;
     rt_rank *rank = comm->rank;
     rt_stream *s = &rank->stream[calls[0].stream];
     ncclResult_t result = ncclSuccess;
@@ -132,7 +127,7 @@ static void post(dist_comm *comm, const dist_call *calls, size_t count) {
         if (result == ncclSuccess) result = end;
     }
     pthread_mutex_unlock(&rank->world->lock);
-    if (settle(n, result, dist_op_name(calls[0].op))) return;
+    if (settle(n, result)) return;
     for (size_t i = 0; i < count; i++)
         if (calls[i].done) rt_record(rank, calls[i].stream, calls[i].done);
     pthread_mutex_lock(&rank->world->lock);
@@ -143,7 +138,7 @@ static void post(dist_comm *comm, const dist_call *calls, size_t count) {
 
 /* The device is open, and the memory of the rank set aside. */
 static int open_communicator(dist_comm *comm) {
-    dist_nccl *n = (dist_nccl *)((char *)comm->shared - offsetof(dist_nccl, hub));
+    dist_nccl *n = comm->shared;
     rt_rank *rank = comm->rank;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
@@ -153,14 +148,13 @@ static int open_communicator(dist_comm *comm) {
     ncclResult_t result = ncclCommInitRankConfig(&n->comm, n->size, n->id, n->rank, &config);
     n->watches = !pthread_create(&n->watcher, NULL, watch, n);
     if (!n->watches) return rt_fail(rank, "rank %d: cannot start a thread", n->rank);
-    if (settle(n, result, "NCCL's start")) return -1;
-    return rank->arena ? settle(n, ncclCommRegister(n->comm, rank->arena, rank->arena_size, &n->registered),
-                                "NCCL's registration of memory")
-                       : 0;
+    if (settle(n, result)) return -1;
+    if (!rank->arena) return 0;
+    return settle(n, ncclCommRegister(n->comm, rank->arena, rank->arena_size, &n->registered));
 }
 
 static void close_communicator(dist_comm *comm) {
-    dist_nccl *n = (dist_nccl *)((char *)comm->shared - offsetof(dist_nccl, hub));
+    dist_nccl *n = comm->shared;
     rt_world *w = comm->rank->world;
     pthread_mutex_lock(&w->lock);
     n->stop = 1;
@@ -168,20 +162,22 @@ static void close_communicator(dist_comm *comm) {
     pthread_mutex_unlock(&w->lock);
     if (n->watches) pthread_join(n->watcher, NULL);
     if (n->comm && n->registered) ncclCommDeregister(n->comm, n->registered);
-    if (n->comm) settle(n, ncclCommFinalize(n->comm), "NCCL's end");
+    if (n->comm) settle(n, ncclCommFinalize(n->comm));
     if (n->comm) ncclCommDestroy(n->comm);
     if (n->posted) cudaEventDestroy(n->posted);
     n->comm = NULL, n->registered = NULL, n->posted = NULL, n->watches = 0;
     rt_free(comm->rank, RT_COMMUNICATION_BUFFERS, &n->token);
 }
 
+static dist_nccl *of_process(dist_process *p) { return (dist_nccl *)((char *)p - offsetof(dist_nccl, head)); }
+
 static int nccl_agree(dist_process *p, int failed, error_text *e, char *shared, size_t size) {
-    return rendezvous_agree(((dist_nccl *)p)->meeting, failed, e, shared, size);
+    return rendezvous_agree(of_process(p)->meeting, failed, e, shared, size);
 }
 
 static dist_hub *nccl_start(dist_process *p, rt_world *world, const vit_device *device, error_text *e) {
     static const dist_transport transport = {"nccl", post, open_communicator, close_communicator};
-    dist_nccl *n = (dist_nccl *)p;
+    dist_nccl *n = of_process(p);
     (void)device;
     n->hub = (dist_hub){&transport, world, n->size};
     n->speaks = 1; /* of its own failures */
@@ -193,7 +189,7 @@ static dist_hub *nccl_start(dist_process *p, rt_world *world, const vit_device *
 
 /* Goodbye, or why this rank has failed. */
 static int nccl_stop(dist_process *p) {
-    dist_nccl *n = (dist_nccl *)p;
+    dist_nccl *n = of_process(p);
     rt_world *w = n->hub.world;
     error_text why;
     if (atomic_load(&w->failed))
@@ -206,8 +202,8 @@ static int nccl_stop(dist_process *p) {
 }
 
 static void nccl_close(dist_process *p) {
-    rendezvous_close(((dist_nccl *)p)->meeting);
-    free(p);
+    rendezvous_close(of_process(p)->meeting);
+    free(of_process(p));
 }
 
 dist_process *dist_nccl_open(const char *host, int port, int rank, int size, double timeout, error_text *e) {
