@@ -12,6 +12,7 @@
  *         dist_begin_step(&d, t, learning_rate);
  *         dist_micro_batch(&d, 0, images, labels, sample_keys);
  *         dist_end_step(&d, &result);                         // result.loss, result.gradient_norm
+ *                                                             // or NULL, and dist_read_result a step later
  *     }
  *
  * Contents: the communicator, the local transport, strategies, the training loop.
@@ -206,6 +207,23 @@ dist_scaler dist_scaler_default(void);
 /* After a step, with or without overflow. -1: an overflow when the scale cannot fall any more. */
 int dist_scaler_update(dist_scaler *scaler, int overflow);
 
+typedef struct dist_result {
+    double loss;          /* mean over the global batch, before the update */
+    double gradient_norm; /* of the mean loss, before clipping */
+    size_t bad_losses;    /* samples whose loss is not finite */
+    int overflow;         /* fp16: the norm is not finite, and the loss scale has been told */
+    double loss_scale;    /* of this step */
+    int stop;             /* a rank has asked for it */
+    double ended;         /* rt_seconds() when the host knew that the step had ended */
+} dist_result;
+
+/* What a step came to, in device memory until the host reads it while the next step is under way. */
+typedef struct dist_outcome {
+    rt_block scalars, loss; /* [VIT_SCALARS]; int64 [3]: loss, bad losses, ranks that want to stop */
+    rt_event ready, read;
+    dist_result result;
+} dist_outcome;
+
 typedef struct dist {
     dist_comm *comm;
     rt_rank *rank;
@@ -231,8 +249,10 @@ typedef struct dist {
     rt_event *last_reduced; /* of the reduction that was posted last */
     rt_block scalars, control, counts;
     rt_event control_ready, control_done, counts_ready, counts_done;
-    size_t micro;       /* micro-batch of the step, from 0 */
-    int stop_requested; /* by this rank */
+    size_t micro;            /* micro-batch of the step, from 0 */
+    int stop_requested;      /* by this rank */
+    dist_outcome outcome[2]; /* of the last two steps, in turn */
+    size_t ended, known;     /* steps that have ended; whose result has been read */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
     rt_event *arrived; /* dp, zero1, zero2: [units] the new parameters are here */
@@ -297,21 +317,18 @@ void dist_export(dist *d, size_t u, float *values);
 void dist_import_state(dist *d, size_t u, int i, const float *values);
 void dist_export_state(dist *d, size_t u, int i, float *values);
 
-typedef struct dist_result {
-    double loss;          /* mean over the global batch, before the update */
-    double gradient_norm; /* of the mean loss, before clipping */
-    size_t
-        bad_losses; /* samples whose loss is not finite; then, and if the norm is not, nothing was updated */
-    int overflow;   /* fp16: the norm is not finite, and the loss scale has been told */
-    double loss_scale; /* of this step */
-    int stop;          /* a rank has asked for it */
-} dist_result;
-
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
- * float, labels [B], keys [B] of the samples' own randomness. */
+ * float, labels [B], keys [B] of the samples' own randomness. A step whose gradient norm is not finite updates
+ * nothing; in fp32 and bf16 neither does any later one, until dist_forward has looked for the unit, so that
+ * what the host reads a step late can still be explained.
+ *
+ * With a result the host waits for the step. Without one (NULL) it runs on, and dist_read_result gives the
+ * result of the earliest step that has not been read, and waits for that step alone; at most two may be
+ * unread. */
 void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
+void dist_read_result(dist *d, dist_result *result);
 
 /* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to
  * end. */
@@ -1278,6 +1295,10 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     d->scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
     d->counts = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, options->counts, 1);
+    for (int i = 0; i < 2; i++) {
+        d->outcome[i].scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
+        d->outcome[i].loss = rt_alloc(rank, RT_WORKSPACE, RT_I64, DIST__NORM - DIST__LOSS, 1);
+    }
     if (rt_failed(rank) || vit_activations_init(&d->activations, rank, d->device, model, options->batch_size,
                                                 options->inference, options->checkpoint_every))
         return -1;
@@ -1306,6 +1327,10 @@ void dist_close(dist *d) {
     rt_free(d->rank, RT_GRADIENTS, &d->grads);
     rt_free(d->rank, RT_GRADIENTS, &d->backward_grads);
     rt_free(d->rank, RT_WORKSPACE, &d->scalars);
+    for (int i = 0; i < 2; i++) {
+        rt_free(d->rank, RT_WORKSPACE, &d->outcome[i].scalars);
+        rt_free(d->rank, RT_WORKSPACE, &d->outcome[i].loss);
+    }
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->control);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->counts);
     if (d->activations.out) vit_activations_free(&d->activations, d->rank, d->model);
@@ -1498,7 +1523,9 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
                                    [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t),
                                    [VIT_LOSS_SCALE] = d->model->type == RT_FP16 ? d->scaler.scale : 1};
     vit_copy_in(&d->context, d->scalars, scalars);
-    vit_fill(&d->context, d->control, 0);
+    /* the counter of what is not finite stays, but in fp16, where an overflow is no failure */
+    size_t cleared = d->model->type == RT_FP16 ? d->control.count : DIST__NORM + VIT_NORM_NOT_FINITE;
+    vit_fill(&d->context, rt_slice(d->control, 0, cleared), 0);
 }
 
 void dist_request_stop(dist *d) { d->stop_requested = 1; }
@@ -1513,25 +1540,54 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
     for (size_t u = d->model->units; u-- > d->first_trained;) dist__backward_unit(d, u);
 }
 
-void dist_end_step(dist *d, dist_result *result) {
+/* Waits for what a step came to. The copy stream does not wait for later steps. */
+static void dist__read(dist *d, dist_outcome *o) {
+    vit_context copy = d->context;
     double scalars[VIT_SCALARS] = {0};
-    int64_t loss[3] = {0}, stop = d->stop_requested; /* loss, bad losses, ranks that want to stop */
+    int64_t loss[DIST__NORM] = {0};
+    copy.stream = RT_COPY;
+    dist__wait(d->comm, RT_COPY, &o->ready);
+    vit_copy_out(&copy, scalars, o->scalars);
+    vit_copy_out(&copy, loss, o->loss);
+    rt_record(d->rank, RT_COPY, &o->read);
+    if (d->rank->wait) o->result.ended = rt_seconds();
+    o->result.loss =
+        (double)loss[DIST__LOSS] * VIT_LOSS_UNIT / ((double)d->comm->size * (double)d->options.accumulation);
+    o->result.gradient_norm = scalars[VIT_GRADIENT_NORM];
+    o->result.bad_losses = (size_t)loss[DIST__BAD_LOSSES];
+    o->result.stop = loss[DIST__STOP] != 0;
+    o->result.loss_scale = scalars[VIT_LOSS_SCALE];
+}
+
+void dist_end_step(dist *d, dist_result *result) {
+    dist_outcome *o = &d->outcome[d->ended++ % 2];
+    int64_t stop = d->stop_requested;
+    if (d->ended > d->known + 2)
+        rt_fail(d->rank, "rank %d: found two steps whose results have not been read, expected one at most",
+                d->rank->rank);
     vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &stop);
     d->strategy->step(d);
-    vit_copy_out(&d->context, scalars, d->scalars);
-    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 3));
-    *result = (dist_result){.loss = (double)loss[0] * VIT_LOSS_UNIT /
-                                    ((double)d->comm->size * (double)d->options.accumulation),
-                            .gradient_norm = scalars[VIT_GRADIENT_NORM],
-                            .bad_losses = (size_t)loss[1],
-                            .stop = loss[2] != 0,
-                            .loss_scale = scalars[VIT_LOSS_SCALE]};
-    if (d->model->type != RT_FP16 || rt_failed(d->rank)) return;
-    result->overflow = !isfinite(result->gradient_norm);
-    if (dist_scaler_update(&d->scaler, result->overflow))
-        rt_fail(d->rank,
-                "fp16: a gradient overflows though the loss scale is %g, expected no less (--precision bf16)",
-                d->scaler.scale);
+    dist__wait(d->comm, RT_COMPUTE, &o->read);
+    vit_cast(&d->context, o->scalars, d->scalars);
+    vit_cast(&d->context, o->loss, rt_slice(d->control, DIST__LOSS, DIST__NORM - DIST__LOSS));
+    rt_record(d->rank, RT_COMPUTE, &o->ready);
+    o->result = (dist_result){.ended = rt_seconds()};
+    if (d->model->type == RT_FP16) { /* the next step's loss scale, and AdamW's count, depend on it */
+        dist__read(d, o);
+        o->result.overflow = !isfinite(o->result.gradient_norm);
+        if (!rt_failed(d->rank) && dist_scaler_update(&d->scaler, o->result.overflow))
+            rt_fail(d->rank,
+                    "fp16: a gradient overflows though the loss scale is %g, expected no less (--precision "
+                    "bf16)",
+                    d->scaler.scale);
+    }
+    while (result && d->known < d->ended) dist_read_result(d, result);
+}
+
+void dist_read_result(dist *d, dist_result *result) {
+    dist_outcome *o = &d->outcome[d->known++ % 2];
+    if (d->model->type != RT_FP16) dist__read(d, o);
+    *result = o->result;
 }
 
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,
@@ -1551,6 +1607,7 @@ void dist_forward(dist *d, const void *images, const int32_t *labels, float *log
         vit_copy_out(&d->context, &bad, rt_slice(d->control, DIST__NORM + VIT_NORM_NOT_FINITE, 1));
         if (bad) *not_finite = u;
     }
+    if (not_finite) vit_fill(&d->context, d->control, 0);
     if (logits) dist__copy_out(d, logits, d->activations.out[d->model->units - 1]);
     if (losses) vit_copy_out(&d->context, losses, d->activations.losses);
     memcpy(d->comm->traffic, traffic, sizeof traffic);

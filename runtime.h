@@ -45,7 +45,7 @@ void rt_widen(float *to, const uint16_t *from, size_t n, rt_type type);
 void rt_narrow(uint16_t *to, const float *from, size_t n, rt_type type);
 
 /* Streams of a rank. The host counts as one: what it does happens before all that it launches later. */
-enum { RT_HOST, RT_COMPUTE, RT_COMMUNICATION, RT_STREAMS };
+enum { RT_HOST, RT_COMPUTE, RT_COMMUNICATION, RT_COPY, RT_STREAMS };
 
 /* The checker's memory of one piece of memory: who wrote it last, and when each stream last read it. Times
  * are positions in the history of a stream. */
@@ -227,7 +227,7 @@ int rt_access(rt_rank *rank, int stream, const char *op, const rt_block *reads, 
 #include <string.h>
 #include <time.h>
 
-static const char *const rt__stream_names[RT_STREAMS] = {"host", "compute", "communication"};
+static const char *const rt__stream_names[RT_STREAMS] = {"host", "compute", "communication", "copy"};
 
 size_t rt_type_size(rt_type type) {
     static const size_t sizes[] = {[RT_U8] = 1,   [RT_I32] = 4,  [RT_I64] = 8,  [RT_U64] = 8,

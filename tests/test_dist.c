@@ -275,6 +275,46 @@ static void evaluation_between_steps_changes_nothing(void **state) {
     }
 }
 
+/* As a GPU is driven: the host reads the result of a step when it has launched the next. */
+static void results_may_be_read_a_step_late(void **state) {
+    (void)state;
+    for (int n = 1; n <= 2; n++)
+        for (size_t k = 0; k < VARIANTS; k++)
+            for (int fp16 = 0; fp16 <= 1; fp16++) {
+                training *t[2];
+                for (int late = 0; late < 2; late++) {
+                    t[late] = variant_of(k, n, 2, 2, DIST_REDUCE_EVERY);
+                    t[late]->steps = 5;
+                    t[late]->late = late;
+                    t[late]->type = fp16 ? RT_FP16 : RT_FP32;
+                    trained(t[late]);
+                }
+                assert_same_bits(t[0], t[1]);
+                training_free(t[0]);
+                training_free(t[1]);
+            }
+}
+
+/* Until the host has read that a step came to nothing, none of the later ones may change the weights. */
+static void nothing_changes_after_a_step_that_is_not_finite(void **state) {
+    (void)state;
+    for (size_t k = 0; k < VARIANTS; k++) {
+        training *before = variant_of(k, 2, 2, 1, DIST_REDUCE_EVERY);
+        training *t = variant_of(k, 2, 2, 1, DIST_REDUCE_EVERY);
+        before->steps = 1;
+        t->steps = 3;
+        t->late = 1;
+        t->poison = (double)INFINITY;
+        t->poisoned = 2;
+        trained(before);
+        trained(t);
+        assert_true(isnan(t->norms[1]) && isfinite(t->losses[2]));
+        assert_memory_equal(t->weights, before->weights, t->count * sizeof *t->weights);
+        training_free(before);
+        training_free(t);
+    }
+}
+
 /* A loss that is not finite: reported by step's result, nothing updated, and the unit is found. */
 static void not_finite_is_noticed(void **state) {
     (void)state;
@@ -539,6 +579,8 @@ int main(void) {
         cmocka_unit_test(the_loss_scale_follows_deepspeed),
         cmocka_unit_test(sgd_agrees_too),
         cmocka_unit_test(evaluation_between_steps_changes_nothing),
+        cmocka_unit_test(results_may_be_read_a_step_late),
+        cmocka_unit_test(nothing_changes_after_a_step_that_is_not_finite),
         cmocka_unit_test(not_finite_is_noticed),
         cmocka_unit_test(collectives_are_sums_in_rank_order),
         cmocka_unit_test(ranks_may_run_ahead),
