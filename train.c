@@ -400,7 +400,13 @@ static dist_options distribution(const run *r) {
 static int prepare_device(run *r, error_text *e) {
     const train_options *o = &r->o;
     r->device = &vit_cpu;
+    int fp32 = o->precision == CHOICE_PRECISION_FP32;
     if (o->device == CHOICE_DEVICE_CPU) return 0;
+    if (o->tf32 && (o->device == CHOICE_DEVICE_CPU || !fp32))
+        return error_set(e, "--tf32: found --%s, expected --device cuda and --precision fp32",
+                         fp32                                    ? "device cpu"
+                         : o->precision == CHOICE_PRECISION_BF16 ? "precision bf16"
+                                                                 : "precision fp16");
 #ifdef HAVE_CUDA
     r->device = &vit_cuda;
     if (o->nproc_per_node > 1 && o->backend != CHOICE_BACKEND_LOCAL)
@@ -424,6 +430,9 @@ static int open_device(const run *r, rt_rank *rank, error_text *e) {
 }
 
 /* Bytes of memory that the ranks of this process may have. */
+#ifdef HAVE_CUDA
+    if (r->o.tf32) vit_cuda_tf32(rank);
+#endif
 static double available_bytes(const run *r) {
     double unused = 0, total;
     error_text ignored;

@@ -63,7 +63,7 @@ typedef struct {
     int strategy, device, backend, gradient_reduction, matmul, precision, reduce_dtype;
     size_t nproc_per_node, rendezvous_port, prefetch, activation_checkpointing, threads_per_rank;
     double timeout, bucket_size_mb;
-    bool reshard_after_forward, print_schedule;
+    bool reshard_after_forward, print_schedule, tf32;
     option_text deepspeed_config;
 
     /* simulation */
@@ -228,6 +228,8 @@ static const option train_option_list[] = {
      .choices = "fp32|bf16|fp16",
      .help = "numbers of the model; the optimizer's are fp32, and fp16 scales its loss to keep small gradients"},
     {"distribution", "reduce-dtype", OPTION_CHOICE, FIELD(reduce_dtype), .of_training = true, .note = "the precision",
+    {"distribution", "tf32", OPTION_SWITCH, FIELD(tf32), .preset = "false",
+     .help = "fp32 on a GPU: matrix products round their factors to TF32, which has 10 bits"},
      .choices = "fp32|bf16|fp16", .help = "numbers in which ranks add their gradients"},
     {"distribution", "deepspeed-config", OPTION_TEXT, FIELD(deepspeed_config), .value_name = "FILE",
      .not_built_yet = true, .help = "take options from a DeepSpeed configuration"},

@@ -221,6 +221,8 @@ extern const vit_device vit_cuda; /* vit_cuda.cu; only where nvcc was found */
 typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul;
 int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e); /* after open; -1: not built with it */
 const char *vit_cpu_description(const rt_rank *rank);                /* "own product, AVX-512 14x32" */
+/* A CUDA rank's fp32 products round their factors to TF32 from now on; after open, before the first product. */
+void vit_cuda_tf32(rt_rank *rank);
 
 /* -------------------------------------------------------------------------------------- tensors and units */
 

@@ -8,7 +8,8 @@
  *
  * Everything is launched on the rank's own streams, and nothing waits for it on the host but copy_out (and,
  * once per shape, the timing by which the matrix product chooses its algorithm). Arithmetic is fp32 (the
- * norm: double and integers), and every stored result is rounded once. fp32 products are true fp32, not TF32.
+ * norm: double and integers), and every stored result is rounded once. fp32 products are true fp32, unless
+ * vit_cuda_tf32 asks for TF32, whose factors have 10 bits.
  * There are no atomics on floating-point numbers: where rows are summed up, the sums go through chunks of
  * rows that follow from the shape alone and are added in order. But the algorithm of a product, and with it
  * the last bits, is the one that was fastest when its shape first came.
@@ -78,6 +79,7 @@ typedef struct {
     char description[320];
     cuda_stream stream[RT_STREAMS]; /* none for the host */
     cublasLtHandle_t blas;
+    cublasComputeType_t fp32_product;
     void *workspace; /* of the matrix product [WORKSPACE] */
     matmul_plan *plan;
     size_t plans, plans_room;
@@ -463,7 +465,8 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
     uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
     int count = 0;
     plan->milliseconds = INFINITY;
-    if (check(rank, LT(cublasLtMatmulDescCreate)(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product") ||
+    cublasComputeType_t compute = p->a.type == RT_FP32 ? c->fp32_product : CUBLAS_COMPUTE_32F;
+    if (check(rank, LT(cublasLtMatmulDescCreate)(&plan->operation, compute, CUDA_R_32F), "product") ||
         create_layout(rank, &plan->a, p->b.type, p->b.transposed, k->m, k->k, k->lda, k->batch,
                       k->stride_a) ||
         create_layout(rank, &plan->b, p->a.type, p->a.transposed, k->k, k->n, k->ldb, k->batch,
@@ -1885,6 +1888,7 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     return 0;
 }
 
+    c->fp32_product = CUBLAS_COMPUTE_32F;
 /* clang-format off */
 extern "C" const vit_device vit_cuda = {
     .name = "cuda", .types = 1u << RT_FP32 | 1u << RT_BF16 | 1u << RT_FP16,
@@ -1902,3 +1906,10 @@ extern "C" const vit_device vit_cuda = {
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
     .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve,
 };
+void vit_cuda_tf32(rt_rank *rank) {
+    cuda_state *c = (cuda_state *)rank->device;
+    size_t used = strlen(c->description);
+    c->fp32_product = CUBLAS_COMPUTE_32F_FAST_TF32;
+    snprintf(c->description + used, sizeof c->description - used, ", TF32");
+}
+

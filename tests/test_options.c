@@ -141,6 +141,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "matmul",
                            "precision",
                            "reduce-dtype",
+                           "tf32",
                            "threads-per-rank",
                            "output-dir",
                            "resume",
