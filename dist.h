@@ -157,8 +157,10 @@ typedef struct dist_options {
     vit_sgd_options sgd;
     double gradient_clipping; /* 0: off */
     double layer_decay; /* unit u learns at layer_decay^(units - 1 - u) times the rate; 0 and 1: all alike */
-    int inference;      /* dist_forward alone: no gradients, no optimizer state, no micro-batches */
-    size_t counts;      /* dist_sum will be asked for so many numbers at most */
+    const vit_device *offload; /* vit_cpu: optimizer state and master weights lie in host memory, and the
+                                * update runs there; NULL: all on the device */
+    int inference;             /* dist_forward alone: no gradients, no optimizer state, no micro-batches */
+    size_t counts;             /* dist_sum will be asked for so many numbers at most */
 } dist_options;
 
 /* The part of a unit that this rank saves, elements [lo, hi) of its padded parameters, and that it updates,
@@ -168,6 +170,8 @@ typedef struct dist_shard {
     size_t lo, hi, trained;
     rt_block param, grad, squares, state[2]; /* of [lo, hi), [lo, trained), -, [lo, trained) */
     rt_block master; /* of [lo, trained), fp32: what the optimizer updates where param has 16 bits */
+    rt_block host_param, host_grad; /* with offload: [lo, trained) in host memory */
+    rt_event fetched;               /* host_grad is there */
 } dist_shard;
 
 /* A run of consecutive units whose gradients are reduced by one collective. */
@@ -247,12 +251,15 @@ typedef struct dist {
     rt_block backward_grads; /* of one unit, where they are kept in another type than backward gives */
     dist_scaler scaler;
     rt_event *last_reduced; /* of the reduction that was posted last */
+    vit_context update;     /* where the optimizer runs: the device's, or with offload the host's */
     rt_block scalars, control, counts;
+    rt_block host_scalars; /* with offload */
     rt_event control_ready, control_done, counts_ready, counts_done;
-    size_t micro;            /* micro-batch of the step, from 0 */
-    int stop_requested;      /* by this rank */
-    dist_outcome outcome[2]; /* of the last two steps, in turn */
-    size_t ended, known;     /* steps that have ended; whose result has been read */
+    rt_event scalars_fetched, params_sent; /* with offload */
+    size_t micro;                          /* micro-batch of the step, from 0 */
+    int stop_requested;                    /* by this rank */
+    dist_outcome outcome[2];               /* of the last two steps, in turn */
+    size_t ended, known;                   /* steps that have ended; whose result has been read */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
     rt_event *arrived; /* dp, zero1, zero2: [units] the new parameters are here */
@@ -942,14 +949,58 @@ static void dist__optimize(dist *d, const vit_unit *unit, size_t begin, size_t e
     if (from >= to) return;
     size_t at = from - s->lo, n = to - from, decayed = unit->decayed;
     double rate = pow(d->options.layer_decay, (double)(d->model->units - 1 - layer));
-    rt_block param = rt_slice(s->param, at, n), grad = rt_slice(s->grad, at, n);
+    int host = d->options.offload != NULL;
+    rt_block param = rt_slice(host ? s->host_param : s->param, at, n);
+    rt_block grad = rt_slice(host ? s->host_grad : s->grad, at, n);
+    rt_block scalars = host ? d->host_scalars : d->scalars;
     rt_block state0 = rt_slice(s->state[0], at, n), master = rt_slice(s->master, at, n);
     decayed = decayed < from ? 0 : decayed < to ? decayed - from : n;
     if (d->options.optimizer == DIST_ADAMW)
-        vit_adamw(&d->context, param, master, state0, rt_slice(s->state[1], at, n), grad, d->scalars, decayed,
+        vit_adamw(&d->update, param, master, state0, rt_slice(s->state[1], at, n), grad, scalars, decayed,
                   rate, &d->options.adamw);
     else
-        vit_sgd(&d->context, param, master, state0, grad, d->scalars, decayed, rate, &d->options.sgd);
+        vit_sgd(&d->update, param, master, state0, grad, scalars, decayed, rate, &d->options.sgd);
+}
+
+static void dist__optimize_unit(dist *d, size_t u) {
+    const vit_unit *unit = &d->model->unit[u];
+    dist__optimize(d, unit, 0, unit->classifier, u);
+    dist__optimize(d, unit, unit->classifier, SIZE_MAX, unit->classifier ? u - 1 : u);
+}
+
+static vit_context dist__copying(const dist *d) {
+    vit_context copy = d->context;
+    copy.stream = RT_COPY;
+    return copy;
+}
+
+/* Offload: sends what is updated of the gradients to host memory, while the ranks join their norms. */
+static void dist__fetch_gradients(dist *d) {
+    vit_context copy = dist__copying(d);
+    dist__wait(d->comm, RT_COPY, &d->control_ready);
+    for (size_t u = 0; u < d->model->units; u++) {
+        dist_shard *s = &d->shard[u];
+        if (!s->host_grad.count) continue;
+        vit_cast(&copy, s->host_grad, s->grad);
+        rt_record(d->rank, RT_COPY, &s->fetched);
+    }
+}
+
+/* Offload: the host updates unit after unit, while gradients still arrive and new parameters leave. */
+static void dist__update_on_host(dist *d) {
+    vit_context copy = dist__copying(d);
+    vit_cast(&d->context, d->host_scalars, d->scalars);
+    rt_record(d->rank, RT_COMPUTE, &d->scalars_fetched);
+    dist__wait(d->comm, RT_HOST, &d->scalars_fetched);
+    for (size_t u = 0; u < d->model->units; u++) {
+        dist_shard *s = &d->shard[u];
+        if (!s->host_param.count) continue;
+        dist__wait(d->comm, RT_HOST, &s->fetched);
+        dist__optimize_unit(d, u);
+        vit_cast(&copy, rt_slice(s->param, 0, s->host_param.count), s->host_param);
+    }
+    rt_record(d->rank, RT_COPY, &d->params_sent);
+    dist__wait(d->comm, RT_COMPUTE, &d->params_sent);
 }
 
 /* The update, common to all: the exact norm of what this rank owns, one small all-reduce that joins the
@@ -965,14 +1016,14 @@ static void dist__update(dist *d) {
     }
     rt_record(d->rank, RT_COMPUTE, &d->control_ready);
     dist__collective(d, DIST_CONTROL, d->control, d->control, "step", &d->control_ready, &d->control_done);
+    if (d->options.offload) dist__fetch_gradients(d);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
     if (owned && d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
-    for (size_t u = 0; u < d->model->units; u++) {
-        const vit_unit *unit = &d->model->unit[u];
-        dist__optimize(d, unit, 0, unit->classifier, u);
-        dist__optimize(d, unit, unit->classifier, SIZE_MAX, unit->classifier ? u - 1 : u);
-    }
+    if (d->options.offload)
+        dist__update_on_host(d);
+    else
+        for (size_t u = 0; u < d->model->units; u++) dist__optimize_unit(d, u);
 }
 
 /* Memory for parameters and gradients, cut as d says, and for gradients on their way. */
@@ -1265,6 +1316,10 @@ int dist_scaler_update(dist_scaler *s, int overflow) {
     return 0;
 }
 
+static rt_category dist__optimizer_memory(const dist *d) {
+    return d->options.offload ? RT_HOST_MEMORY : RT_OPTIMIZER;
+}
+
 int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_options *options, error_text *e) {
     rt_rank *rank = comm->rank;
     size_t n = model->units, unit = VIT_ALIGNMENT * (size_t)comm->size;
@@ -1288,9 +1343,14 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
         dist_shard *s = &d->shard[u];
         size_t count = s->trained - s->lo;
         for (int i = 0; count && i < (options->optimizer == DIST_ADAMW ? 2 : 1); i++)
-            s->state[i] = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, count, 1);
-        if (count && model->type != RT_FP32) s->master = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, count, 1);
+            s->state[i] = rt_alloc(rank, dist__optimizer_memory(d), RT_FP32, count, 1);
+        if (count && model->type != RT_FP32)
+            s->master = rt_alloc(rank, dist__optimizer_memory(d), RT_FP32, count, 1);
+        if (!count || !options->offload) continue;
+        s->host_param = rt_alloc(rank, RT_HOST_MEMORY, model->type, count, 1);
+        s->host_grad = rt_alloc(rank, RT_HOST_MEMORY, s->grad.type, count, 1);
     }
+    if (options->offload) d->host_scalars = rt_alloc(rank, RT_HOST_MEMORY, RT_FP64, VIT_SCALARS, 1);
     d->scaler = dist_scaler_default();
     d->scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
@@ -1311,15 +1371,22 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
                                .scalars = d->scalars,
                                .losses = d->activations.losses,
                                .workspace = d->activations.workspace};
+    d->update = d->context;
+    if (options->offload) d->update.device = options->offload, d->update.stream = RT_HOST;
     return 0;
 }
 
 void dist_close(dist *d) {
     rt_event end = {0};
     if (d->rank) rt_record(d->rank, RT_COMMUNICATION, &end); /* slower ranks may need what this one posted */
-    for (size_t u = 0; d->shard && u < d->model->units; u++)
+    for (size_t u = 0; d->shard && u < d->model->units; u++) {
+        dist_shard *s = &d->shard[u];
         for (int i = 0; i < 3; i++)
-            rt_free(d->rank, RT_OPTIMIZER, i < 2 ? &d->shard[u].state[i] : &d->shard[u].master);
+            rt_free(d->rank, dist__optimizer_memory(d), i < 2 ? &s->state[i] : &s->master);
+        rt_free(d->rank, RT_HOST_MEMORY, &s->host_param);
+        rt_free(d->rank, RT_HOST_MEMORY, &s->host_grad);
+    }
+    rt_free(d->rank, RT_HOST_MEMORY, &d->host_scalars);
     rt_category slots = dist__reduces_in_slots(d) ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS;
     for (int i = 0; i < 2; i++) rt_free(d->rank, slots, &d->gradient_slot[i].block);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->gathered);
@@ -1363,7 +1430,14 @@ dist_formula dist_formula_of(const dist *d) {
     f.bytes[RT_PARAMETERS] = type * P / (s->stage >= 3 ? N : 1);
     f.bytes[RT_GRADIENTS] = kept_type * trained / (whole_gradients ? 1 : N);
     f.bytes[RT_OPTIMIZER] = 4 * (states + master) * optimised / (s->stage >= 1 ? N : 1);
-    if (s->reduce == DIST_REDUCE && d->comm->index) f.bytes[RT_OPTIMIZER] = 0; /* the root has it all */
+    if (o->offload) { /* the update's parameters and gradients, too */
+        f.bytes[RT_HOST_MEMORY] =
+            f.bytes[RT_OPTIMIZER] + (type + kept_type) * optimised / (s->stage >= 1 ? N : 1);
+        f.bytes[RT_OPTIMIZER] = 0;
+    }
+    if (s->reduce == DIST_REDUCE && d->comm->index) /* the root has it all */
+        f.bytes[RT_OPTIMIZER] = f.bytes[RT_HOST_MEMORY] = 0;
+    if (o->offload) f.bytes[RT_HOST_MEMORY] += 8 * VIT_SCALARS;
     if (!every && M > 1) f.bytes[RT_GRADIENTS] += kept_type * (double)dist__largest_unit(d, d->first_trained);
     if (d->backward_grads.count)
         f.bytes[RT_GRADIENTS] += type * (double)dist__largest_unit(d, d->first_trained);
@@ -1455,7 +1529,9 @@ void dist_import(dist *d, size_t u, const float *values) {
         dist__copy_in(d, rt_slice(dist__params(d, u), 0, d->model->unit[u].count), values);
     else if (held)
         dist__copy_in(d, rt_slice(d->shard[u].param, 0, held), values + d->shard[u].lo);
-    if (master.count) vit_copy_in(&d->context, master, values + d->shard[u].lo);
+    if (master.count) vit_copy_in(&d->update, master, values + d->shard[u].lo);
+    rt_block host_param = d->shard[u].host_param;
+    if (host_param.count) vit_cast(&d->context, host_param, rt_slice(d->shard[u].param, 0, host_param.count));
     rt_record(d->rank, RT_COMPUTE, &d->stepped);
 }
 
@@ -1466,17 +1542,17 @@ void dist_export(dist *d, size_t u, float *values) {
     rt_wait(d->rank, RT_COMPUTE, &posted);
     rt_block master = dist__own(d, u, d->shard[u].master);
     if (held) dist__copy_out(d, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));
-    if (master.count) vit_copy_out(&d->context, values + d->shard[u].lo, master);
+    if (master.count) vit_copy_out(&d->update, values + d->shard[u].lo, master);
 }
 
 void dist_import_state(dist *d, size_t u, int i, const float *values) {
     rt_block state = dist__own(d, u, d->shard[u].state[i]);
-    if (state.count) vit_copy_in(&d->context, state, values + d->shard[u].lo);
+    if (state.count) vit_copy_in(&d->update, state, values + d->shard[u].lo);
 }
 
 void dist_export_state(dist *d, size_t u, int i, float *values) {
     rt_block state = dist__own(d, u, d->shard[u].state[i]);
-    if (state.count) vit_copy_out(&d->context, values + d->shard[u].lo, state);
+    if (state.count) vit_copy_out(&d->update, values + d->shard[u].lo, state);
 }
 
 static void dist__load_batch(dist *d, const void *images, const int32_t *labels, const uint64_t *keys) {
@@ -1542,10 +1618,9 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
 
 /* Waits for what a step came to. The copy stream does not wait for later steps. */
 static void dist__read(dist *d, dist_outcome *o) {
-    vit_context copy = d->context;
+    vit_context copy = dist__copying(d);
     double scalars[VIT_SCALARS] = {0};
     int64_t loss[DIST__NORM] = {0};
-    copy.stream = RT_COPY;
     dist__wait(d->comm, RT_COPY, &o->ready);
     vit_copy_out(&copy, scalars, o->scalars);
     vit_copy_out(&copy, loss, o->loss);

@@ -392,6 +392,7 @@ static dist_options distribution(const run *r) {
                           .sgd = {o->momentum, o->weight_decay},
                           .gradient_clipping = o->gradient_clipping,
                           .layer_decay = o->layer_decay,
+                          .offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER ? &vit_cpu : NULL,
                           .inference = r->command != COMMAND_TRAIN,
                           .counts = counts > totals ? counts : totals};
 }
@@ -399,14 +400,17 @@ static dist_options distribution(const run *r) {
 /* The device that --device names. */
 static int prepare_device(run *r, error_text *e) {
     const train_options *o = &r->o;
-    r->device = &vit_cpu;
     int fp32 = o->precision == CHOICE_PRECISION_FP32;
-    if (o->device == CHOICE_DEVICE_CPU) return 0;
+    r->device = &vit_cpu;
     if (o->tf32 && (o->device == CHOICE_DEVICE_CPU || !fp32))
         return error_set(e, "--tf32: found --%s, expected --device cuda and --precision fp32",
                          fp32                                    ? "device cpu"
                          : o->precision == CHOICE_PRECISION_BF16 ? "precision bf16"
                                                                  : "precision fp16");
+    if (o->offload == CHOICE_OFFLOAD_OPTIMIZER && o->device == CHOICE_DEVICE_CPU)
+        return error_set(e, "--offload optimizer: found --device cpu, whose optimizer runs in host memory "
+                            "already; expected cuda");
+    if (o->device == CHOICE_DEVICE_CPU) return 0;
 #ifdef HAVE_CUDA
     r->device = &vit_cuda;
     if (o->nproc_per_node > 1 && o->backend != CHOICE_BACKEND_LOCAL)
@@ -426,13 +430,13 @@ static int prepare_device(run *r, error_text *e) {
 static int open_device(const run *r, rt_rank *rank, error_text *e) {
     rank->threads = (int)r->o.threads_per_rank;
     if (r->device->open(rank, e)) return -1;
+#ifdef HAVE_CUDA
+    if (r->o.tf32) vit_cuda_tf32(rank);
+#endif
     return r->device == &vit_cpu ? vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, e) : 0;
 }
 
 /* Bytes of memory that the ranks of this process may have. */
-#ifdef HAVE_CUDA
-    if (r->o.tf32) vit_cuda_tf32(rank);
-#endif
 static double available_bytes(const run *r) {
     double unused = 0, total;
     error_text ignored;
@@ -1063,7 +1067,7 @@ static void report_card(const trainer *t, const int64_t *all, size_t length) {
     error_text e;
     if (!t->r->device->memory || t->r->device->memory((int)t->r->ranks, &unused, &total, &e)) return;
     for (size_t k = 0; k < t->r->ranks; k++)
-        for (int c = 0; c < RT_CATEGORIES; c++) ledger += (double)all[length * k + 2 * (size_t)c];
+        for (int c = 0; c < RT_HOST_MEMORY; c++) ledger += (double)all[length * k + 2 * (size_t)c];
     fprintf(stderr, "%-16s %14.0f\n%-16s %14.0f\n%-16s %14.0f  %s\n", "GPU, in use", total - unused,
             "ledger, all ranks", ledger, "difference", total - unused - ledger,
             "context, kernels, cuBLASLt's workspace, scratch, other programs");
@@ -1103,6 +1107,7 @@ static int log_totals(trainer *t, size_t steps) {
         metrics_add_count(line, "rank", k);
         for (int c = 0; c < RT_CATEGORIES; c++) {
             char key[64];
+            if (c == RT_HOST_MEMORY && !t->r->o.offload) continue;
             snprintf(key, sizeof key, "%s_bytes", rt_category_name(c));
             metrics_add_count(line, key, (uint64_t)x[2 * c]);
             snprintf(key, sizeof key, "%s_peak_bytes", rt_category_name(c));

@@ -182,6 +182,20 @@ static void release(rt_rank *rank, void *memory, size_t bytes) {
         c->arena_used = 0;
 }
 
+/* Page-locked, so that copies run beside the kernels; any GPU may use it. */
+static void *allocate_host(rt_rank *rank, size_t bytes) {
+    void *memory = NULL;
+    (void)rank;
+    if (cudaHostAlloc(&memory, bytes, cudaHostAllocPortable) == cudaSuccess) return memset(memory, 0, bytes);
+    cudaGetLastError();
+    return NULL;
+}
+
+static void release_host(rt_rank *rank, void *memory, size_t bytes) {
+    (void)bytes;
+    check(rank, cudaFreeHost(memory), "cudaFreeHost");
+}
+
 static int cuda_reserve(rt_rank *rank, const rt_ledger *ledger, error_text *e) {
     cuda_state *c = (cuda_state *)rank->device;
     size_t bytes = ledger->total_peak_bytes, slack = ledger->allocations * ALIGNMENT, left = 0, all = 0;
@@ -244,8 +258,9 @@ static void copy_out(rt_stream *s, void *to, rt_block from) {
     check(s->rank, cudaStreamSynchronize(stream_of(s)), "copy from the device");
 }
 
+/* Within the device, or from or to page-locked host memory: their addresses tell. */
 static void copy_inside(rt_stream *s, void *to, const void *from, size_t bytes) {
-    check(s->rank, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_of(s)), "copy");
+    check(s->rank, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(s)), "copy");
 }
 
 static void record_event(rt_stream *s, rt_event *event) {
@@ -1873,12 +1888,15 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     cuda_state *c = (cuda_state *)calloc(1, sizeof *c);
     if (!c) return error_set(e, "rank %d: out of memory", rank->rank);
     c->gpu = gpu;
+    c->fp32_product = CUBLAS_COMPUTE_32F;
     cudaRuntimeGetVersion(&runtime);
     snprintf(c->description, sizeof c->description, "%s, sm_%d%d, CUDA %d.%d, cuBLASLt %zu", properties.name,
              properties.major, properties.minor, runtime / 1000, runtime % 1000 / 10, LT(cublasLtGetVersion)());
     rank->device = c;
     rank->allocate = allocate;
     rank->release = release;
+    rank->allocate_host = allocate_host;
+    rank->release_host = release_host;
     rank->record = record_event;
     rank->wait = wait_for_event;
     if (open_streams(rank, c)) {
@@ -1888,7 +1906,13 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     return 0;
 }
 
-    c->fp32_product = CUBLAS_COMPUTE_32F;
+void vit_cuda_tf32(rt_rank *rank) {
+    cuda_state *c = (cuda_state *)rank->device;
+    size_t used = strlen(c->description);
+    c->fp32_product = CUBLAS_COMPUTE_32F_FAST_TF32;
+    snprintf(c->description + used, sizeof c->description - used, ", TF32");
+}
+
 /* clang-format off */
 extern "C" const vit_device vit_cuda = {
     .name = "cuda", .types = 1u << RT_FP32 | 1u << RT_BF16 | 1u << RT_FP16,
@@ -1906,10 +1930,3 @@ extern "C" const vit_device vit_cuda = {
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
     .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve,
 };
-void vit_cuda_tf32(rt_rank *rank) {
-    cuda_state *c = (cuda_state *)rank->device;
-    size_t used = strlen(c->description);
-    c->fp32_product = CUBLAS_COMPUTE_32F_FAST_TF32;
-    snprintf(c->description + used, sizeof c->description - used, ", TF32");
-}
-

@@ -201,6 +201,37 @@ static void the_loss_scale_follows_deepspeed(void **state) {
     assert_true(s.scale == 65536 && s.least == 1 && s.window == 1000 && s.hysteresis == 2 && s.left == 2);
 }
 
+/* The CPU's optimizer on memory of its own, behind copies: the same arithmetic. */
+static void an_offloaded_optimizer_gives_the_same_bits(void **state) {
+    static const rt_type types[] = {RT_FP32, RT_BF16, RT_FP16};
+    (void)state;
+    for (int n = 1; n <= 2; n++)
+        for (size_t k = 0; k < VARIANTS; k++)
+            for (size_t i = 0; i < 6; i++) {
+                training *t[2];
+                for (int offload = 0; offload < 2; offload++) {
+                    t[offload] = variant_of(k, n, 2, 2, DIST_REDUCE_EVERY);
+                    t[offload]->type = types[i % 3];
+                    t[offload]->reduce_type = types[(i + i / 3) % 3];
+                    t[offload]->optimizer = (i + k) % 2 ? DIST_SGD : DIST_ADAMW;
+                    t[offload]->late = offload;
+                    t[offload]->offload = offload;
+                    trained(t[offload]);
+                }
+                assert_same_bits(t[0], t[1]);
+                for (int r = 0; r < n; r++) {
+                    const rt_ledger *device = &t[0]->ledger[r], *split = &t[1]->ledger[r];
+                    assert_true(!split->bytes[RT_OPTIMIZER] && !device->bytes[RT_HOST_MEMORY]);
+                    assert_int_equal(split->total_bytes, device->total_bytes - device->bytes[RT_OPTIMIZER]);
+                    assert_true(split->bytes[RT_HOST_MEMORY] > device->bytes[RT_OPTIMIZER]);
+                    assert_true(t[1]->formula[r].bytes[RT_HOST_MEMORY] ==
+                                (double)split->bytes[RT_HOST_MEMORY]);
+                }
+                training_free(t[0]);
+                training_free(t[1]);
+            }
+}
+
 static void sgd_agrees_too(void **state) {
     (void)state;
     for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
@@ -578,6 +609,7 @@ int main(void) {
         cmocka_unit_test(an_overflow_skips_the_step),
         cmocka_unit_test(the_loss_scale_follows_deepspeed),
         cmocka_unit_test(sgd_agrees_too),
+        cmocka_unit_test(an_offloaded_optimizer_gives_the_same_bits),
         cmocka_unit_test(evaluation_between_steps_changes_nothing),
         cmocka_unit_test(results_may_be_read_a_step_late),
         cmocka_unit_test(nothing_changes_after_a_step_that_is_not_finite),

@@ -126,6 +126,8 @@ fi
 
 refused "TF32 on a CPU" "--tf32: found --device cpu, expected --device cuda and --precision fp32" --tf32
 refused "TF32 of bf16" "--tf32: found --precision bf16, expected" --tf32 --device cuda --precision bf16
+refused "offload on a CPU" "--offload optimizer: found --device cpu, .*expected cuda" --offload optimizer
+
 compared() { name=$1 pattern=$2; shift 2; usage "compare: $name" "$pattern" compare "$@"; }
 compared "no strategies" "compare: found no --strategies, expected names such as ddp,zero3"
 compared "an unknown strategy" \

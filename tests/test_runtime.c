@@ -170,8 +170,8 @@ static int ledger_body(dist_comm *comm, void *argument) {
 static void ledger_counts_bytes_and_peaks(void **state) {
     (void)state;
     assert_string_equal(run(1, ledger_body, NULL).message, "");
-    static const char *const names[RT_CATEGORIES] = {"parameters",  "gradients",     "optimizer",
-                                                     "activations", "communication", "workspace"};
+    static const char *const names[RT_CATEGORIES] = {"parameters",    "gradients", "optimizer", "activations",
+                                                     "communication", "workspace", "host"};
     for (int c = 0; c < RT_CATEGORIES; c++) assert_string_equal(rt_category_name(c), names[c]);
 }
 

@@ -39,6 +39,7 @@ typedef struct {
     dist_optimizer optimizer;
     size_t prefetch, checkpoint_every;
     int keep_after_forward;
+    int offload;                    /* the optimizer in host memory */
     int evaluate;                   /* after every step: a forward pass and a sum over the ranks */
     int late;                       /* the result of a step is read when the next has ended */
     double poison;                  /* added to a pixel of rank 1's data ... */
@@ -110,6 +111,7 @@ static dist_options options_of(const training *t) {
                           .gradient_clipping = t->clipping,
                           .adamw = {.9, .999, ADAM_EPS, 0.05},
                           .sgd = {.9, 0.05},
+                          .offload = t->offload ? &vit_cpu : NULL,
                           .counts = 16};
 }
 
