@@ -442,7 +442,7 @@ static int open_device(const run *r, rt_rank *rank, error_text *e) {
     rank->threads = (int)r->o.threads_per_rank;
     if (r->device->open(rank, e)) return -1;
 #ifdef HAVE_CUDA
-    if (r->o.tf32) vit_cuda_tf32(rank);
+    if (r->device == &vit_cuda) vit_cuda_products(rank, r->o.tf32, r->o.deterministic);
 #endif
     return r->device == &vit_cpu ? vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, e) : 0;
 }
@@ -1517,7 +1517,8 @@ static int join_ranks(run *r, error_text *e) {
         return l->size == 1 ? 0 : error_set(e, "found %d processes, expected one for this command", l->size);
     o->nproc_per_node = (size_t)l->size;
     if (l->rank) o->quiet = true;
-    if (l->size == 1) return 0;
+    int wants_nccl = o->backend == CHOICE_BACKEND_NCCL && given(r, &o->backend);
+    if (l->size == 1 && !wants_nccl) return 0;
     r->process = open_process(r, e);
     return r->process ? 0 : -1;
 }

@@ -64,7 +64,7 @@ typedef struct {
     int strategy, device, backend, gradient_reduction, matmul, precision, reduce_dtype, offload;
     size_t nproc_per_node, rendezvous_port, prefetch, activation_checkpointing, threads_per_rank;
     double timeout, bucket_size_mb;
-    bool reshard_after_forward, print_schedule, tf32;
+    bool reshard_after_forward, print_schedule, tf32, deterministic;
     option_text deepspeed_config;
 
     /* simulation */
@@ -230,6 +230,8 @@ static const option train_option_list[] = {
      .help = "numbers of the model; the optimizer's are fp32, and fp16 scales its loss to keep small gradients"},
     {"distribution", "tf32", OPTION_SWITCH, FIELD(tf32), .preset = "false",
      .help = "fp32 on a GPU: matrix products round their factors to TF32, which has 10 bits"},
+    {"distribution", "deterministic", OPTION_SWITCH, FIELD(deterministic), .preset = "false",
+     .help = "GPU: products take cuBLASLt's first algorithm, not the fastest, so that runs agree in every bit"},
     {"distribution", "reduce-dtype", OPTION_CHOICE, FIELD(reduce_dtype), .of_training = true, .note = "the precision",
      .choices = "fp32|bf16|fp16", .help = "numbers in which ranks add their gradients"},
     {"distribution", "offload", OPTION_CHOICE, FIELD(offload), .preset = "none", .choices = "none|optimizer",

@@ -221,8 +221,10 @@ extern const vit_device vit_cuda; /* vit_cuda.cu; only where nvcc was found */
 typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul;
 int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e); /* after open; -1: not built with it */
 const char *vit_cpu_description(const rt_rank *rank);                /* "own product, AVX-512 14x32" */
-/* A CUDA rank's fp32 products round their factors to TF32 from now on; after open, before the first product. */
-void vit_cuda_tf32(rt_rank *rank);
+/* How a CUDA rank multiplies matrices from now on; after open, before the first product. tf32: fp32 products
+ * round their factors to TF32. first_algorithm: not the fastest for a shape, which is a matter of timing, but the
+ * first that works, so that all runs give the same bits. */
+void vit_cuda_products(rt_rank *rank, int tf32, int first_algorithm);
 
 /* -------------------------------------------------------------------------------------- tensors and units */
 

@@ -9,10 +9,11 @@
  * Everything is launched on the rank's own streams, and nothing waits for it on the host but copy_out (and,
  * once per shape, the timing by which the matrix product chooses its algorithm). Arithmetic is fp32 (the
  * norm: double and integers), and every stored result is rounded once. fp32 products are true fp32, unless
- * vit_cuda_tf32 asks for TF32, whose factors have 10 bits.
+ * vit_cuda_products asks for TF32, whose factors have 10 bits.
  * There are no atomics on floating-point numbers: where rows are summed up, the sums go through chunks of
  * rows that follow from the shape alone and are added in order. But the algorithm of a product, and with it
- * the last bits, is the one that was fastest when its shape first came.
+ * the last bits, is the one that was fastest when its shape first came, unless vit_cuda_products asks for the
+ * first that works.
  *
  * What it leaves out: cuBLASLt's GELU epilogues, which are the tanh form; CUDA graphs; fp64.
  */
@@ -80,7 +81,8 @@ typedef struct {
     cuda_stream stream[RT_STREAMS]; /* none for the host */
     cublasLtHandle_t blas;
     cublasComputeType_t fp32_product;
-    void *workspace; /* of the matrix product [WORKSPACE] */
+    int first_algorithm; /* products take the first that works, and not the fastest */
+    void *workspace;     /* of the matrix product [WORKSPACE] */
     matmul_plan *plan;
     size_t plans, plans_room;
     char *arena; /* what rank->allocate hands out; NULL: each piece comes from the driver */
@@ -541,6 +543,7 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
         plan->milliseconds = ms;
         plan->usable = 1;
         best = found[i].algo;
+        if (c->first_algorithm) break;
     }
     if (plan->usable) plan->algorithm = best;
     LT(cublasLtMatmulPreferenceDestroy)(wish);
@@ -722,7 +725,7 @@ static void weight_gradient(rt_stream *s, rt_block dw, rt_block db, rt_block dy,
                              return !rt_failed(s->rank);
                          });
         fused = &state_of(s)->plan[at];
-        fused->usable = fused_ms <= apart_ms;
+        fused->usable = fused_ms <= apart_ms || state_of(s)->first_algorithm;
     }
     if (!fused) return;
     if (fused->usable) {
@@ -1921,9 +1924,11 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     return 0;
 }
 
-void vit_cuda_tf32(rt_rank *rank) {
+void vit_cuda_products(rt_rank *rank, int tf32, int first_algorithm) {
     cuda_state *c = (cuda_state *)rank->device;
     size_t used = strlen(c->description);
+    c->first_algorithm = first_algorithm;
+    if (!tf32) return;
     c->fp32_product = CUBLAS_COMPUTE_32F_FAST_TF32;
     snprintf(c->description + used, sizeof c->description - used, ", TF32");
 }

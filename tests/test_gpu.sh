@@ -37,6 +37,18 @@ for world in "single 1" "ddp 4" "dp 4" "zero1 4" "zero2 4" "zero3 4"; do
     why=$(run "cpu $strategy" "$@" && run "gpu $strategy" --device cuda "$@")
     verdict "$strategy, $n ranks on one GPU, fp32: losses of the CPU" "${why:-$(far "cpu $strategy" "gpu $strategy" 1e-4)}"
 done
+# The same algorithms in every run: then the weights are the same, bit for bit.
+for strategy in ddp zero1 zero2 zero3; do
+    why=$(run "bits $strategy" --device cuda --deterministic --strategy $strategy --nproc-per-node 4 --backend local \
+        --gradient-reduction every)
+    verdict "$strategy, 4 ranks on one GPU: weights of ddp, bit for bit" \
+        "${why:-$(cmp "$(weights "bits ddp")" "$(weights "bits $strategy")" 2>&1)}"
+done
+# NCCL itself, with the one rank that one GPU can have.
+why=$(RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) \
+    run "nccl" --device cuda --deterministic --strategy zero3 --backend nccl &&
+    run "no nccl" --device cuda --deterministic --strategy single)
+verdict "zero3, one rank over NCCL: losses of single" "${why:-$(far "nccl" "no nccl" 1e-4)}"
 # In 16 bits they differ by the rounding of a different order of sums.
 for precision in bf16 fp16; do
     set -- --precision $precision --strategy zero3 --nproc-per-node 4 --backend local

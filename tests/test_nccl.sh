@@ -38,6 +38,15 @@ cuda half --nproc-per-node 2 --strategy zero3 --precision bf16 $options
 verdict "zero3 in bf16" "$(cmp "$work/half/checkpoints/step-00000004/model.safetensors" \
     "$work/half-local/checkpoints/step-00000004/model.safetensors" 2>&1)"
 
+# one rank, as far as NCCL can be tried on a machine with one GPU
+# shellcheck disable=SC2086
+RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) cuda one --backend nccl \
+    --strategy zero3 $options
+# shellcheck disable=SC2086
+"$train" --strategy single $options --output-dir "$work/one-local" >/dev/null 2>&1
+verdict "one rank" "$(cmp "$work/one/checkpoints/step-00000004/model.safetensors" \
+    "$work/one-local/checkpoints/step-00000004/model.safetensors" 2>&1)"
+
 export NCCL_DEBUG=WARN NCCL_SOCKET_IFNAME=lo
 # shellcheck disable=SC2086
 cuda settings --nproc-per-node 2 $options
