@@ -67,17 +67,9 @@ static void lose(dist_tcp *t, int r, const char *how) {
 }
 
 static void disagree(dist_tcp *t, int r, const dist_fingerprint *own, const dist_fingerprint *other) {
-    int lower = t->rank < r;
-    const dist_fingerprint *a = lower ? own : other, *b = lower ? other : own;
-    const char *name[2] = {"nothing more", "nothing more"};
-    if (a->op < DIST_OPS) name[0] = dist_op_name((dist_op)a->op);
-    if (b->op < DIST_OPS) name[1] = dist_op_name((dist_op)b->op);
-    if (dist_queue_fail(&t->queue,
-                        "ranks %d and %d disagree: %s %llu of %llu (%.32s) against %s %llu of %llu (%.32s)",
-                        lower ? t->rank : r, lower ? r : t->rank, name[0], (unsigned long long)a->sequence,
-                        (unsigned long long)a->elements, a->unit, name[1], (unsigned long long)b->sequence,
-                        (unsigned long long)b->elements, b->unit))
-        t->speaks = t->rank == 0;
+    error_text e;
+    dist_disagreement(&e, t->rank, own, r, other);
+    if (dist_queue_fail(&t->queue, "%s", e.text)) t->speaks = t->rank == 0;
 }
 
 static void silence(dist_tcp *t) {
