@@ -280,7 +280,7 @@ static inline void compare__numbers(const compare *c, compare_table *t) {
 
 static inline void compare__memory(const compare *c, compare_table *t) {
     compare__heading(c, t, "memory at rest, MB");
-    for (int k = 0; k < RT_CATEGORIES; k++) {
+    for (int k = 0; k < RT_HOST_MEMORY; k++) {
         compare_cell *used = compare__row(t, rt_category_name((rt_category)k));
         compare_cell *formula = compare__row(t, "  formula");
         for (size_t i = 0; i < c->count; i++) {
@@ -480,14 +480,14 @@ static inline compare_bars compare__memory_bars(const compare *c, int all) {
     compare_bars b = {.title = all ? "memory of a rank at rest, MB (the rank that holds most)"
                                    : "the same without activations and workspace",
                       .unit = "MB",
-                      .parts = RT_CATEGORIES};
-    for (int k = 0; k < RT_CATEGORIES; k++) {
+                      .parts = RT_HOST_MEMORY};
+    for (int k = 0; k < RT_HOST_MEMORY; k++) {
         b.part[k] = rt_category_name((rt_category)k);
         b.colour[k] = compare__colours[k];
     }
     for (size_t i = 0; i < c->count; i++) {
         double total = 0;
-        for (int k = 0; k < RT_CATEGORIES; k++) {
+        for (int k = 0; k < RT_HOST_MEMORY; k++) {
             if (!all && (k == RT_ACTIVATIONS || k == RT_WORKSPACE)) continue;
             b.value[i][k] = 1e-6 * (double)compare_fullest(c, i)->ledger.bytes[k];
             total += b.value[i][k];

@@ -12,6 +12,7 @@
  *         dist_begin_step(&d, t, learning_rate);
  *         dist_micro_batch(&d, 0, images, labels, sample_keys);
  *         dist_end_step(&d, &result);                         // result.loss, result.gradient_norm
+ *                                                             // or NULL, and dist_read_result a step later
  *     }
  *
  * Contents: the communicator, the local transport, strategies, the training loop.
@@ -158,8 +159,10 @@ typedef struct dist_options {
     vit_sgd_options sgd;
     double gradient_clipping; /* 0: off */
     double layer_decay; /* unit u learns at layer_decay^(units - 1 - u) times the rate; 0 and 1: all alike */
-    int inference;      /* dist_forward alone: no gradients, no optimizer state, no micro-batches */
-    size_t counts;      /* dist_sum will be asked for so many numbers at most */
+    const vit_device *offload; /* vit_cpu: optimizer state and master weights lie in host memory, and the
+                                * update runs there; NULL: all on the device */
+    int inference;             /* dist_forward alone: no gradients, no optimizer state, no micro-batches */
+    size_t counts;             /* dist_sum will be asked for so many numbers at most */
 } dist_options;
 
 /* The part of a unit that this rank saves, elements [lo, hi) of its padded parameters, and that it updates,
@@ -169,6 +172,8 @@ typedef struct dist_shard {
     size_t lo, hi, trained;
     rt_block param, grad, squares, state[2]; /* of [lo, hi), [lo, trained), -, [lo, trained) */
     rt_block master; /* of [lo, trained), fp32: what the optimizer updates where param has 16 bits */
+    rt_block host_param, host_grad; /* with offload: [lo, trained) in host memory */
+    rt_event fetched;               /* host_grad is there */
 } dist_shard;
 
 /* A run of consecutive units whose gradients are reduced by one collective. */
@@ -208,6 +213,23 @@ dist_scaler dist_scaler_default(void);
 /* After a step, with or without overflow. -1: an overflow when the scale cannot fall any more. */
 int dist_scaler_update(dist_scaler *scaler, int overflow);
 
+typedef struct dist_result {
+    double loss;          /* mean over the global batch, before the update */
+    double gradient_norm; /* of the mean loss, before clipping */
+    size_t bad_losses;    /* samples whose loss is not finite */
+    int overflow;         /* fp16: the norm is not finite, and the loss scale has been told */
+    double loss_scale;    /* of this step */
+    int stop;             /* a rank has asked for it */
+    double ended;         /* rt_seconds() when the host knew that the step had ended */
+} dist_result;
+
+/* What a step came to, in device memory until the host reads it while the next step is under way. */
+typedef struct dist_outcome {
+    rt_block scalars, loss; /* [VIT_SCALARS]; int64 [3]: loss, bad losses, ranks that want to stop */
+    rt_event ready, read;
+    dist_result result;
+} dist_outcome;
+
 typedef struct dist {
     dist_comm *comm;
     rt_rank *rank;
@@ -231,10 +253,15 @@ typedef struct dist {
     rt_block backward_grads; /* of one unit, where they are kept in another type than backward gives */
     dist_scaler scaler;
     rt_event *last_reduced; /* of the reduction that was posted last */
+    vit_context update;     /* where the optimizer runs: the device's, or with offload the host's */
     rt_block scalars, control, counts;
+    rt_block host_scalars; /* with offload */
     rt_event control_ready, control_done, counts_ready, counts_done;
-    size_t micro;       /* micro-batch of the step, from 0 */
-    int stop_requested; /* by this rank */
+    rt_event scalars_fetched, params_sent; /* with offload */
+    size_t micro;                          /* micro-batch of the step, from 0 */
+    int stop_requested;                    /* by this rank */
+    dist_outcome outcome[2];               /* of the last two steps, in turn */
+    size_t ended, known;                   /* steps that have ended; whose result has been read */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
     rt_event *arrived; /* dp, zero1, zero2: [units] the new parameters are here */
@@ -299,21 +326,18 @@ void dist_export(dist *d, size_t u, float *values);
 void dist_import_state(dist *d, size_t u, int i, const float *values);
 void dist_export_state(dist *d, size_t u, int i, float *values);
 
-typedef struct dist_result {
-    double loss;          /* mean over the global batch, before the update */
-    double gradient_norm; /* of the mean loss, before clipping */
-    size_t
-        bad_losses; /* samples whose loss is not finite; then, and if the norm is not, nothing was updated */
-    int overflow;   /* fp16: the norm is not finite, and the loss scale has been told */
-    double loss_scale; /* of this step */
-    int stop;          /* a rank has asked for it */
-} dist_result;
-
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
- * float, labels [B], keys [B] of the samples' own randomness. */
+ * float, labels [B], keys [B] of the samples' own randomness. A step whose gradient norm is not finite updates
+ * nothing; in fp32 and bf16 neither does any later one, until dist_forward has looked for the unit, so that
+ * what the host reads a step late can still be explained.
+ *
+ * With a result the host waits for the step. Without one (NULL) it runs on, and dist_read_result gives the
+ * result of the earliest step that has not been read, and waits for that step alone; at most two may be
+ * unread. */
 void dist_begin_step(dist *d, size_t t, double learning_rate);
 void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *labels, const uint64_t *keys);
 void dist_end_step(dist *d, dist_result *result);
+void dist_read_result(dist *d, dist_result *result);
 
 /* This rank wants all to stop: they learn it, all at the same time, from the result of the next step to
  * end. */
@@ -929,14 +953,58 @@ static void dist__optimize(dist *d, const vit_unit *unit, size_t begin, size_t e
     if (from >= to) return;
     size_t at = from - s->lo, n = to - from, decayed = unit->decayed;
     double rate = pow(d->options.layer_decay, (double)(d->model->units - 1 - layer));
-    rt_block param = rt_slice(s->param, at, n), grad = rt_slice(s->grad, at, n);
+    int host = d->options.offload != NULL;
+    rt_block param = rt_slice(host ? s->host_param : s->param, at, n);
+    rt_block grad = rt_slice(host ? s->host_grad : s->grad, at, n);
+    rt_block scalars = host ? d->host_scalars : d->scalars;
     rt_block state0 = rt_slice(s->state[0], at, n), master = rt_slice(s->master, at, n);
     decayed = decayed < from ? 0 : decayed < to ? decayed - from : n;
     if (d->options.optimizer == DIST_ADAMW)
-        vit_adamw(&d->context, param, master, state0, rt_slice(s->state[1], at, n), grad, d->scalars, decayed,
+        vit_adamw(&d->update, param, master, state0, rt_slice(s->state[1], at, n), grad, scalars, decayed,
                   rate, &d->options.adamw);
     else
-        vit_sgd(&d->context, param, master, state0, grad, d->scalars, decayed, rate, &d->options.sgd);
+        vit_sgd(&d->update, param, master, state0, grad, scalars, decayed, rate, &d->options.sgd);
+}
+
+static void dist__optimize_unit(dist *d, size_t u) {
+    const vit_unit *unit = &d->model->unit[u];
+    dist__optimize(d, unit, 0, unit->classifier, u);
+    dist__optimize(d, unit, unit->classifier, SIZE_MAX, unit->classifier ? u - 1 : u);
+}
+
+static vit_context dist__copying(const dist *d) {
+    vit_context copy = d->context;
+    copy.stream = RT_COPY;
+    return copy;
+}
+
+/* Offload: sends what is updated of the gradients to host memory, while the ranks join their norms. */
+static void dist__fetch_gradients(dist *d) {
+    vit_context copy = dist__copying(d);
+    dist__wait(d->comm, RT_COPY, &d->control_ready);
+    for (size_t u = 0; u < d->model->units; u++) {
+        dist_shard *s = &d->shard[u];
+        if (!s->host_grad.count) continue;
+        vit_cast(&copy, s->host_grad, s->grad);
+        rt_record(d->rank, RT_COPY, &s->fetched);
+    }
+}
+
+/* Offload: the host updates unit after unit, while gradients still arrive and new parameters leave. */
+static void dist__update_on_host(dist *d) {
+    vit_context copy = dist__copying(d);
+    vit_cast(&d->context, d->host_scalars, d->scalars);
+    rt_record(d->rank, RT_COMPUTE, &d->scalars_fetched);
+    dist__wait(d->comm, RT_HOST, &d->scalars_fetched);
+    for (size_t u = 0; u < d->model->units; u++) {
+        dist_shard *s = &d->shard[u];
+        if (!s->host_param.count) continue;
+        dist__wait(d->comm, RT_HOST, &s->fetched);
+        dist__optimize_unit(d, u);
+        vit_cast(&copy, rt_slice(s->param, 0, s->host_param.count), s->host_param);
+    }
+    rt_record(d->rank, RT_COPY, &d->params_sent);
+    dist__wait(d->comm, RT_COMPUTE, &d->params_sent);
 }
 
 /* The update, common to all: the exact norm of what this rank owns, one small all-reduce that joins the
@@ -952,14 +1020,14 @@ static void dist__update(dist *d) {
     }
     rt_record(d->rank, RT_COMPUTE, &d->control_ready);
     dist__collective(d, DIST_CONTROL, d->control, d->control, "step", &d->control_ready, &d->control_done);
+    if (d->options.offload) dist__fetch_gradients(d);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
     vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
     if (owned && d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
-    for (size_t u = 0; u < d->model->units; u++) {
-        const vit_unit *unit = &d->model->unit[u];
-        dist__optimize(d, unit, 0, unit->classifier, u);
-        dist__optimize(d, unit, unit->classifier, SIZE_MAX, unit->classifier ? u - 1 : u);
-    }
+    if (d->options.offload)
+        dist__update_on_host(d);
+    else
+        for (size_t u = 0; u < d->model->units; u++) dist__optimize_unit(d, u);
 }
 
 /* Memory for parameters and gradients, cut as d says, and for gradients on their way. */
@@ -1252,6 +1320,10 @@ int dist_scaler_update(dist_scaler *s, int overflow) {
     return 0;
 }
 
+static rt_category dist__optimizer_memory(const dist *d) {
+    return d->options.offload ? RT_HOST_MEMORY : RT_OPTIMIZER;
+}
+
 int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_options *options, error_text *e) {
     rt_rank *rank = comm->rank;
     size_t n = model->units, unit = VIT_ALIGNMENT * (size_t)comm->size;
@@ -1275,13 +1347,22 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
         dist_shard *s = &d->shard[u];
         size_t count = s->trained - s->lo;
         for (int i = 0; count && i < (options->optimizer == DIST_ADAMW ? 2 : 1); i++)
-            s->state[i] = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, count, 1);
-        if (count && model->type != RT_FP32) s->master = rt_alloc(rank, RT_OPTIMIZER, RT_FP32, count, 1);
+            s->state[i] = rt_alloc(rank, dist__optimizer_memory(d), RT_FP32, count, 1);
+        if (count && model->type != RT_FP32)
+            s->master = rt_alloc(rank, dist__optimizer_memory(d), RT_FP32, count, 1);
+        if (!count || !options->offload) continue;
+        s->host_param = rt_alloc(rank, RT_HOST_MEMORY, model->type, count, 1);
+        s->host_grad = rt_alloc(rank, RT_HOST_MEMORY, s->grad.type, count, 1);
     }
+    if (options->offload) d->host_scalars = rt_alloc(rank, RT_HOST_MEMORY, RT_FP64, VIT_SCALARS, 1);
     d->scaler = dist_scaler_default();
     d->scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
     d->counts = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, options->counts, 1);
+    for (int i = 0; i < 2; i++) {
+        d->outcome[i].scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
+        d->outcome[i].loss = rt_alloc(rank, RT_WORKSPACE, RT_I64, DIST__NORM - DIST__LOSS, 1);
+    }
     if (rt_failed(rank) || vit_activations_init(&d->activations, rank, d->device, model, options->batch_size,
                                                 options->inference, options->checkpoint_every))
         return -1;
@@ -1294,15 +1375,22 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
                                .scalars = d->scalars,
                                .losses = d->activations.losses,
                                .workspace = d->activations.workspace};
+    d->update = d->context;
+    if (options->offload) d->update.device = options->offload, d->update.stream = RT_HOST;
     return 0;
 }
 
 void dist_close(dist *d) {
     rt_event end = {0};
     if (d->rank) rt_record(d->rank, RT_COMMUNICATION, &end); /* slower ranks may need what this one posted */
-    for (size_t u = 0; d->shard && u < d->model->units; u++)
+    for (size_t u = 0; d->shard && u < d->model->units; u++) {
+        dist_shard *s = &d->shard[u];
         for (int i = 0; i < 3; i++)
-            rt_free(d->rank, RT_OPTIMIZER, i < 2 ? &d->shard[u].state[i] : &d->shard[u].master);
+            rt_free(d->rank, dist__optimizer_memory(d), i < 2 ? &s->state[i] : &s->master);
+        rt_free(d->rank, RT_HOST_MEMORY, &s->host_param);
+        rt_free(d->rank, RT_HOST_MEMORY, &s->host_grad);
+    }
+    rt_free(d->rank, RT_HOST_MEMORY, &d->host_scalars);
     rt_category slots = dist__reduces_in_slots(d) ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS;
     for (int i = 0; i < 2; i++) rt_free(d->rank, slots, &d->gradient_slot[i].block);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->gathered);
@@ -1310,6 +1398,10 @@ void dist_close(dist *d) {
     rt_free(d->rank, RT_GRADIENTS, &d->grads);
     rt_free(d->rank, RT_GRADIENTS, &d->backward_grads);
     rt_free(d->rank, RT_WORKSPACE, &d->scalars);
+    for (int i = 0; i < 2; i++) {
+        rt_free(d->rank, RT_WORKSPACE, &d->outcome[i].scalars);
+        rt_free(d->rank, RT_WORKSPACE, &d->outcome[i].loss);
+    }
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->control);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->counts);
     if (d->activations.out) vit_activations_free(&d->activations, d->rank, d->model);
@@ -1342,7 +1434,14 @@ dist_formula dist_formula_of(const dist *d) {
     f.bytes[RT_PARAMETERS] = type * P / (s->stage >= 3 ? N : 1);
     f.bytes[RT_GRADIENTS] = kept_type * trained / (whole_gradients ? 1 : N);
     f.bytes[RT_OPTIMIZER] = 4 * (states + master) * optimised / (s->stage >= 1 ? N : 1);
-    if (s->reduce == DIST_REDUCE && d->comm->index) f.bytes[RT_OPTIMIZER] = 0; /* the root has it all */
+    if (o->offload) { /* the update's parameters and gradients, too */
+        f.bytes[RT_HOST_MEMORY] =
+            f.bytes[RT_OPTIMIZER] + (type + kept_type) * optimised / (s->stage >= 1 ? N : 1);
+        f.bytes[RT_OPTIMIZER] = 0;
+    }
+    if (s->reduce == DIST_REDUCE && d->comm->index) /* the root has it all */
+        f.bytes[RT_OPTIMIZER] = f.bytes[RT_HOST_MEMORY] = 0;
+    if (o->offload) f.bytes[RT_HOST_MEMORY] += 8 * VIT_SCALARS;
     if (!every && M > 1) f.bytes[RT_GRADIENTS] += kept_type * (double)dist__largest_unit(d, d->first_trained);
     if (d->backward_grads.count)
         f.bytes[RT_GRADIENTS] += type * (double)dist__largest_unit(d, d->first_trained);
@@ -1434,7 +1533,9 @@ void dist_import(dist *d, size_t u, const float *values) {
         dist__copy_in(d, rt_slice(dist__params(d, u), 0, d->model->unit[u].count), values);
     else if (held)
         dist__copy_in(d, rt_slice(d->shard[u].param, 0, held), values + d->shard[u].lo);
-    if (master.count) vit_copy_in(&d->context, master, values + d->shard[u].lo);
+    if (master.count) vit_copy_in(&d->update, master, values + d->shard[u].lo);
+    rt_block host_param = d->shard[u].host_param;
+    if (host_param.count) vit_cast(&d->context, host_param, rt_slice(d->shard[u].param, 0, host_param.count));
     rt_record(d->rank, RT_COMPUTE, &d->stepped);
 }
 
@@ -1445,17 +1546,17 @@ void dist_export(dist *d, size_t u, float *values) {
     rt_wait(d->rank, RT_COMPUTE, &posted);
     rt_block master = dist__own(d, u, d->shard[u].master);
     if (held) dist__copy_out(d, values + d->shard[u].lo, rt_slice(d->shard[u].param, 0, held));
-    if (master.count) vit_copy_out(&d->context, values + d->shard[u].lo, master);
+    if (master.count) vit_copy_out(&d->update, values + d->shard[u].lo, master);
 }
 
 void dist_import_state(dist *d, size_t u, int i, const float *values) {
     rt_block state = dist__own(d, u, d->shard[u].state[i]);
-    if (state.count) vit_copy_in(&d->context, state, values + d->shard[u].lo);
+    if (state.count) vit_copy_in(&d->update, state, values + d->shard[u].lo);
 }
 
 void dist_export_state(dist *d, size_t u, int i, float *values) {
     rt_block state = dist__own(d, u, d->shard[u].state[i]);
-    if (state.count) vit_copy_out(&d->context, values + d->shard[u].lo, state);
+    if (state.count) vit_copy_out(&d->update, values + d->shard[u].lo, state);
 }
 
 static void dist__load_batch(dist *d, const void *images, const int32_t *labels, const uint64_t *keys) {
@@ -1502,7 +1603,9 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
                                    [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t),
                                    [VIT_LOSS_SCALE] = d->model->type == RT_FP16 ? d->scaler.scale : 1};
     vit_copy_in(&d->context, d->scalars, scalars);
-    vit_fill(&d->context, d->control, 0);
+    /* the counter of what is not finite stays, but in fp16, where an overflow is no failure */
+    size_t cleared = d->model->type == RT_FP16 ? d->control.count : DIST__NORM + VIT_NORM_NOT_FINITE;
+    vit_fill(&d->context, rt_slice(d->control, 0, cleared), 0);
 }
 
 void dist_request_stop(dist *d) { d->stop_requested = 1; }
@@ -1517,25 +1620,53 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
     for (size_t u = d->model->units; u-- > d->first_trained;) dist__backward_unit(d, u);
 }
 
-void dist_end_step(dist *d, dist_result *result) {
+/* Waits for what a step came to. The copy stream does not wait for later steps. */
+static void dist__read(dist *d, dist_outcome *o) {
+    vit_context copy = dist__copying(d);
     double scalars[VIT_SCALARS] = {0};
-    int64_t loss[3] = {0}, stop = d->stop_requested; /* loss, bad losses, ranks that want to stop */
+    int64_t loss[DIST__NORM] = {0};
+    dist__wait(d->comm, RT_COPY, &o->ready);
+    vit_copy_out(&copy, scalars, o->scalars);
+    vit_copy_out(&copy, loss, o->loss);
+    rt_record(d->rank, RT_COPY, &o->read);
+    if (d->rank->wait) o->result.ended = rt_seconds();
+    o->result.loss =
+        (double)loss[DIST__LOSS] * VIT_LOSS_UNIT / ((double)d->comm->size * (double)d->options.accumulation);
+    o->result.gradient_norm = scalars[VIT_GRADIENT_NORM];
+    o->result.bad_losses = (size_t)loss[DIST__BAD_LOSSES];
+    o->result.stop = loss[DIST__STOP] != 0;
+    o->result.loss_scale = scalars[VIT_LOSS_SCALE];
+}
+
+void dist_end_step(dist *d, dist_result *result) {
+    dist_outcome *o = &d->outcome[d->ended++ % 2];
+    int64_t stop = d->stop_requested;
+    if (d->ended > d->known + 2)
+        rt_fail(d->rank, "rank %d: found two steps whose results have not been read, expected one at most",
+                d->rank->rank);
     vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &stop);
     d->strategy->step(d);
-    vit_copy_out(&d->context, scalars, d->scalars);
-    vit_copy_out(&d->context, loss, rt_slice(d->control, DIST__LOSS, 3));
-    *result = (dist_result){.loss = (double)loss[0] * VIT_LOSS_UNIT /
-                                    ((double)d->comm->size * (double)d->options.accumulation),
-                            .gradient_norm = scalars[VIT_GRADIENT_NORM],
-                            .bad_losses = (size_t)loss[1],
-                            .stop = loss[2] != 0,
-                            .loss_scale = scalars[VIT_LOSS_SCALE]};
-    if (d->model->type != RT_FP16 || rt_failed(d->rank)) return;
-    result->overflow = !isfinite(result->gradient_norm);
-    if (dist_scaler_update(&d->scaler, result->overflow))
-        rt_fail(d->rank,
-                "fp16: a gradient overflows though the loss scale is %g, expected no less (--precision bf16)",
-                d->scaler.scale);
+    dist__wait(d->comm, RT_COMPUTE, &o->read);
+    vit_cast(&d->context, o->scalars, d->scalars);
+    vit_cast(&d->context, o->loss, rt_slice(d->control, DIST__LOSS, DIST__NORM - DIST__LOSS));
+    rt_record(d->rank, RT_COMPUTE, &o->ready);
+    o->result = (dist_result){.ended = rt_seconds()};
+    if (d->model->type == RT_FP16) { /* the next step's loss scale, and AdamW's count, depend on it */
+        dist__read(d, o);
+        o->result.overflow = !isfinite(o->result.gradient_norm);
+        if (!rt_failed(d->rank) && dist_scaler_update(&d->scaler, o->result.overflow))
+            rt_fail(d->rank,
+                    "fp16: a gradient overflows though the loss scale is %g, expected no less (--precision "
+                    "bf16)",
+                    d->scaler.scale);
+    }
+    while (result && d->known < d->ended) dist_read_result(d, result);
+}
+
+void dist_read_result(dist *d, dist_result *result) {
+    dist_outcome *o = &d->outcome[d->known++ % 2];
+    if (d->model->type != RT_FP16) dist__read(d, o);
+    *result = o->result;
 }
 
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,
@@ -1555,6 +1686,7 @@ void dist_forward(dist *d, const void *images, const int32_t *labels, float *log
         vit_copy_out(&d->context, &bad, rt_slice(d->control, DIST__NORM + VIT_NORM_NOT_FINITE, 1));
         if (bad) *not_finite = u;
     }
+    if (not_finite) vit_fill(&d->context, d->control, 0);
     if (logits) dist__copy_out(d, logits, d->activations.out[d->model->units - 1]);
     if (losses) vit_copy_out(&d->context, losses, d->activations.losses);
     memcpy(d->comm->traffic, traffic, sizeof traffic);

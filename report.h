@@ -91,11 +91,13 @@ static inline void report_memory(FILE *out, const rt_ledger *l, const dist_formu
     fprintf(out, "%-16s %14s %14s %14s\n", "memory, bytes", "in use", "formula", "peak");
     for (int c = 0; c < RT_CATEGORIES; c++) {
         char formula[32] = "-";
+        if (c == RT_HOST_MEMORY)
+            fprintf(out, "%-16s %14zu %14s %14zu\n", "total", l->total_bytes, "", l->total_peak_bytes);
+        if (c == RT_HOST_MEMORY && !l->peak_bytes[c]) continue;
         if (!isnan(f->bytes[c])) snprintf(formula, sizeof formula, "%.0f", f->bytes[c]);
         fprintf(out, "%-16s %14zu %14s %14zu\n", rt_category_name((rt_category)c), l->bytes[c], formula,
                 l->peak_bytes[c]);
     }
-    fprintf(out, "%-16s %14zu %14s %14zu\n", "total", l->total_bytes, "", l->total_peak_bytes);
 }
 
 /* What a rank sent and gathered in a step, of `steps`, beside the formula. */

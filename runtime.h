@@ -45,7 +45,7 @@ void rt_widen(float *to, const uint16_t *from, size_t n, rt_type type);
 void rt_narrow(uint16_t *to, const float *from, size_t n, rt_type type);
 
 /* Streams of a rank. The host counts as one: what it does happens before all that it launches later. */
-enum { RT_HOST, RT_COMPUTE, RT_COMMUNICATION, RT_STREAMS };
+enum { RT_HOST, RT_COMPUTE, RT_COMMUNICATION, RT_COPY, RT_STREAMS };
 
 /* The checker's memory of one piece of memory: who wrote it last, and when each stream last read it. Times
  * are positions in the history of a stream. */
@@ -102,10 +102,11 @@ typedef enum {
     RT_ACTIVATIONS,
     RT_COMMUNICATION_BUFFERS,
     RT_WORKSPACE,
+    RT_HOST_MEMORY, /* not the device's, as all before it; the totals leave it out */
     RT_CATEGORIES
 } rt_category;
 
-/* "parameters", ..., "workspace". */
+/* "parameters", ..., "workspace", "host". */
 const char *rt_category_name(rt_category category);
 
 typedef struct {
@@ -113,7 +114,8 @@ typedef struct {
     size_t allocations; /* made so far: a device may round each one up */
 } rt_ledger;
 
-/* A zeroed block of device memory that the ledger counts, with `tracks` pieces for the checker (at least 1).
+/* A zeroed block of device memory (RT_HOST_MEMORY: of host memory that both the host and the device's copies
+ * reach) that the ledger counts, with `tracks` pieces for the checker (at least 1).
  * A block without data and a failed world, with the ledger as its table, when the device has no more. */
 rt_block rt_alloc(struct rt_rank *rank, rt_category category, rt_type type, size_t count, size_t tracks);
 
@@ -142,6 +144,9 @@ typedef struct rt_rank {
     size_t arena_size;
     void *(*allocate)(struct rt_rank *, size_t bytes); /* zeroed, 64-byte aligned; NULL: no more */
     void (*release)(struct rt_rank *, void *, size_t bytes);
+    /* The same of host memory, where a device has its own; else NULL. */
+    void *(*allocate_host)(struct rt_rank *, size_t bytes);
+    void (*release_host)(struct rt_rank *, void *, size_t bytes);
     /* Where operations run behind the host: the same as rt_record and rt_wait on the device's own streams.
      * NULL: they have run when their call returns. record may be called by another rank's thread, too. */
     void (*record)(rt_stream *, rt_event *);
@@ -231,7 +236,7 @@ int rt_access(rt_rank *rank, int stream, const char *op, const rt_block *reads, 
 #include <string.h>
 #include <time.h>
 
-static const char *const rt__stream_names[RT_STREAMS] = {"host", "compute", "communication"};
+static const char *const rt__stream_names[RT_STREAMS] = {"host", "compute", "communication", "copy"};
 
 size_t rt_type_size(rt_type type) {
     static const size_t sizes[] = {[RT_U8] = 1,   [RT_I32] = 4,  [RT_I64] = 8,  [RT_U64] = 8,
@@ -485,8 +490,8 @@ void rt_end(rt_rank *rank, int stream, double flops, double bytes) {
 /* ------------------------------------------------------------------------------------------------- ledger */
 
 const char *rt_category_name(rt_category category) {
-    static const char *const names[] = {"parameters",  "gradients",     "optimizer",
-                                        "activations", "communication", "workspace"};
+    static const char *const names[] = {"parameters",    "gradients", "optimizer", "activations",
+                                        "communication", "workspace", "host"};
     return names[category];
 }
 
@@ -509,23 +514,34 @@ static void rt__out_of_memory(rt_rank *rank, rt_category category, size_t bytes)
             rt_category_name(category), l->total_bytes);
 }
 
+static void *rt__allocate(rt_rank *rank, rt_category category, size_t bytes) {
+    int host = category == RT_HOST_MEMORY && rank->allocate_host;
+    return (host ? rank->allocate_host : rank->allocate)(rank, bytes);
+}
+
+static void rt__release(rt_rank *rank, rt_category category, void *memory, size_t bytes) {
+    int host = category == RT_HOST_MEMORY && rank->release_host;
+    (host ? rank->release_host : rank->release)(rank, memory, bytes);
+}
+
 rt_block rt_alloc(rt_rank *rank, rt_category category, rt_type type, size_t count, size_t tracks) {
     rt_ledger *l = &rank->ledger;
     size_t bytes;
     if (size_multiply(count, rt_type_size(type), &bytes)) bytes = SIZE_MAX;
     rt_block b = {.type = type, .count = count, .tracks = tracks};
-    b.data = bytes == SIZE_MAX ? NULL : rank->allocate(rank, bytes ? bytes : 1);
+    b.data = bytes == SIZE_MAX ? NULL : rt__allocate(rank, category, bytes ? bytes : 1);
     b.track = calloc(tracks, sizeof *b.track);
     if (!b.data || !b.track) {
-        if (b.data) rank->release(rank, b.data, bytes);
+        if (b.data) rt__release(rank, category, b.data, bytes);
         free(b.track);
         rt__out_of_memory(rank, category, bytes);
         return (rt_block){.type = type};
     }
-    l->allocations++;
     l->bytes[category] += bytes;
-    l->total_bytes += bytes;
     if (l->peak_bytes[category] < l->bytes[category]) l->peak_bytes[category] = l->bytes[category];
+    if (category == RT_HOST_MEMORY) return b;
+    l->allocations++;
+    l->total_bytes += bytes;
     if (l->total_peak_bytes < l->total_bytes) l->total_peak_bytes = l->total_bytes;
     return b;
 }
@@ -534,10 +550,10 @@ void rt_free(rt_rank *rank, rt_category category, rt_block *block) {
     if (!block->data) return;
     rt_drain(rank);
     size_t bytes = block->count * rt_type_size(block->type);
-    rank->release(rank, block->data, bytes);
+    rt__release(rank, category, block->data, bytes);
     free(block->track);
     rank->ledger.bytes[category] -= bytes;
-    rank->ledger.total_bytes -= bytes;
+    if (category != RT_HOST_MEMORY) rank->ledger.total_bytes -= bytes;
     *block = (rt_block){0};
 }
 

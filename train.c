@@ -403,6 +403,7 @@ static dist_options distribution(const run *r) {
                           .sgd = {o->momentum, o->weight_decay},
                           .gradient_clipping = o->gradient_clipping,
                           .layer_decay = o->layer_decay,
+                          .offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER ? &vit_cpu : NULL,
                           .inference = r->command != COMMAND_TRAIN,
                           .counts = counts > totals ? counts : totals};
 }
@@ -410,7 +411,16 @@ static dist_options distribution(const run *r) {
 /* The device that --device names. */
 static int prepare_device(run *r, error_text *e) {
     const train_options *o = &r->o;
+    int fp32 = o->precision == CHOICE_PRECISION_FP32;
     r->device = &vit_cpu;
+    if (o->tf32 && (o->device == CHOICE_DEVICE_CPU || !fp32))
+        return error_set(e, "--tf32: found --%s, expected --device cuda and --precision fp32",
+                         fp32                                    ? "device cpu"
+                         : o->precision == CHOICE_PRECISION_BF16 ? "precision bf16"
+                                                                 : "precision fp16");
+    if (o->offload == CHOICE_OFFLOAD_OPTIMIZER && o->device == CHOICE_DEVICE_CPU)
+        return error_set(e, "--offload optimizer: found --device cpu, whose optimizer runs in host memory "
+                            "already; expected cuda");
     if (o->device == CHOICE_DEVICE_CPU) return 0;
 #ifdef HAVE_CUDA
     r->device = &vit_cuda;
@@ -431,6 +441,9 @@ static int prepare_device(run *r, error_text *e) {
 static int open_device(const run *r, rt_rank *rank, error_text *e) {
     rank->threads = (int)r->o.threads_per_rank;
     if (r->device->open(rank, e)) return -1;
+#ifdef HAVE_CUDA
+    if (r->o.tf32) vit_cuda_tf32(rank);
+#endif
     return r->device == &vit_cpu ? vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, e) : 0;
 }
 
@@ -966,17 +979,52 @@ static int log_epoch(trainer *t, size_t step, size_t steps, double seconds, doub
     return log_line(t, line);
 }
 
+/* How far this run has come with an epoch. */
+typedef struct epoch_run {
+    size_t first;                    /* steps before it */
+    size_t made, known;              /* steps of it; whose results have been read */
+    double start, data, checkpoints; /* when it began; seconds of data before; spent on checkpoints */
+    double began[2], rate[2];        /* of the last two steps, in turn */
+    double ended;                    /* the last step whose result is known */
+    int stop;                        /* a rank has asked for it */
+} epoch_run;
+
+/* Reads the result of the earliest step whose result is not known yet, and logs it. */
+static int learn_result(trainer *t, epoch_run *w) {
+    const run *r = t->r;
+    size_t k = w->known++, step = w->first + w->known;
+    dist_result result = {0};
+    dist_read_result(&t->d, &result);
+    if (rt_failed(t->rank)) return -1;
+    if (!result.overflow && (result.bad_losses || !isfinite(result.gradient_norm)))
+        return explain_not_finite(t, k, step, &result);
+    double seconds = result.ended - fmax(w->began[k % 2], w->ended);
+    double total = result.ended - w->start - w->checkpoints;
+    w->ended = result.ended;
+    w->stop |= result.stop;
+    t->epoch_loss += result.loss;
+    t->epoch_steps++;
+    if (!is_first(t)) return 0;
+    if (r->result) compare_add_step(r->result, &result, seconds);
+    if (step % r->o.log_interval != 0 && step != r->steps) return 0;
+    if (log_step(t, step, t->epoch, &result, w->rate[k % 2], seconds)) return -1;
+    show_progress(t, t->epoch, step, t->epoch_loss / (double)t->epoch_steps,
+                  (double)(w->known * r->global_batch) / total, (t->data_s - w->data) / total, 0);
+    return 0;
+}
+
 /* The steps of an epoch up to `last`; *step counts those that are done. The loader has their batches. 1: a
  * signal has come; the checkpoint is written. */
 static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
     const run *r = t->r;
     const train_options *o = &r->o;
-    size_t steps = 0, epoch = t->epoch, G = r->global_batch;
-    double start = rt_seconds(), data = t->data_s, communication = t->rank->communication_s, checkpoints = 0;
-    int due = 0, stop = 0; /* a checkpoint, after this step; and no step more */
-    while (*step < last && !stop) {
-        double began = rt_seconds(), rate = scheduled_rate(o, *step, r->steps);
-        dist_result result = {0};
+    size_t epoch = t->epoch, G = r->global_batch;
+    epoch_run w = {.first = *step, .start = rt_seconds(), .data = t->data_s};
+    double communication = t->rank->communication_s;
+    int due = 0; /* a checkpoint, after this step */
+    while (*step < last && !w.stop) {
+        double rate = w.rate[w.made % 2] = scheduled_rate(o, *step, r->steps);
+        w.began[w.made % 2] = rt_seconds();
         dist_begin_step(&t->d, *step + 1, rate);
         for (size_t m = 0; m < o->gradient_accumulation_steps; m++) {
             const loader_batch *batch = next_batch(t, l);
@@ -984,38 +1032,31 @@ static int train_steps(trainer *t, loader *l, size_t *step, size_t last) {
             dist_micro_batch(&t->d, m, batch->images, batch->labels, batch->keys);
         }
         if (stop_signals) dist_request_stop(&t->d);
-        dist_end_step(&t->d, &result);
+        dist_end_step(&t->d, NULL);
         if (rt_failed(t->rank) || (t->comm.observe && print_schedule(t))) return -1;
         ++*step;
-        if (!result.overflow && (result.bad_losses || !isfinite(result.gradient_norm)))
-            return explain_not_finite(t, steps, *step, &result);
-        double now = rt_seconds();
-        steps++;
-        stop = result.stop;
-        t->epoch_loss += result.loss;
-        t->epoch_steps++;
-        if (r->result && is_first(t)) compare_add_step(r->result, &result, now - began);
-        if (is_first(t) && (*step % o->log_interval == 0 || *step == r->steps)) {
-            if (log_step(t, *step, epoch, &result, rate, now - began)) return -1;
-            show_progress(t, epoch, *step, t->epoch_loss / (double)t->epoch_steps,
-                          (double)(steps * G) / (now - start - checkpoints),
-                          (t->data_s - data) / (now - start - checkpoints), 0);
-        }
+        w.made++;
         due = o->checkpoint_interval_steps != SIZE_MAX && *step % o->checkpoint_interval_steps == 0;
-        if (stop || (due && *step < last)) { /* that of the epoch's end comes after the evaluation */
-            if (write_checkpoint(t, *step, t->position + steps * G, stop)) return -1;
-            checkpoints += rt_seconds() - now;
+        /* the step before is read while this one runs; this one, too, before a checkpoint or an evaluation */
+        size_t unread = due || *step == last ? 0 : 1;
+        while (w.known + unread < w.made) {
+            if (learn_result(t, &w)) return -1;
+            if (w.stop) unread = 0;
+        }
+        if (w.stop || (due && *step < last)) { /* that of the epoch's end comes after the evaluation */
+            double began = rt_seconds();
+            if (write_checkpoint(t, *step, t->position + w.made * G, w.stop)) return -1;
+            w.checkpoints += rt_seconds() - began;
         }
     }
-    double seconds = rt_seconds() - start - checkpoints;
-    data = t->data_s - data;
+    double seconds = rt_seconds() - w.start - w.checkpoints, data = t->data_s - w.data;
     communication = t->rank->communication_s - communication;
-    if (stop) return 1;
+    if (w.stop) return 1;
     int end = *step == r->steps;
     if ((end || (epoch + 1) % o->eval_interval == 0) && evaluate_and_log(t, *step, epoch)) return -1;
-    if (log_epoch(t, *step, steps, seconds, data, communication)) return -1;
+    if (log_epoch(t, *step, w.made, seconds, data, communication)) return -1;
     if (!end && !due && (epoch + 1) % o->checkpoint_interval != 0) return 0;
-    return write_checkpoint(t, *step, t->position + steps * G, end);
+    return write_checkpoint(t, *step, t->position + w.made * G, end);
 }
 
 /* One epoch, or what is left of it, or of the steps. 1: a signal has come. */
@@ -1040,7 +1081,7 @@ static void report_card(const trainer *t, const int64_t *all, size_t length) {
     int own = r->process ? r->launch.local_rank : 0, here = r->process ? 1 : (int)r->ranks;
     if (!r->device->memory || r->device->memory(own, here, &unused, &total, &e)) return;
     for (int k = 0; k < here; k++) /* of one process a GPU: rank 0's */
-        for (int c = 0; c < RT_CATEGORIES; c++) ledger += (double)all[length * (size_t)k + 2 * (size_t)c];
+        for (int c = 0; c < RT_HOST_MEMORY; c++) ledger += (double)all[length * (size_t)k + 2 * (size_t)c];
     fprintf(stderr, "%-16s %14.0f\n%-16s %14.0f\n%-16s %14.0f  %s\n", "GPU, in use", total - unused,
             r->process ? "ledger" : "ledger, all ranks", ledger, "difference", total - unused - ledger,
             "context, kernels, cuBLASLt's workspace, scratch, other programs");
@@ -1080,6 +1121,7 @@ static int log_totals(trainer *t, size_t steps) {
         metrics_add_count(line, "rank", k);
         for (int c = 0; c < RT_CATEGORIES; c++) {
             char key[64];
+            if (c == RT_HOST_MEMORY && !t->r->o.offload) continue;
             snprintf(key, sizeof key, "%s_bytes", rt_category_name(c));
             metrics_add_count(line, key, (uint64_t)x[2 * c]);
             snprintf(key, sizeof key, "%s_peak_bytes", rt_category_name(c));

@@ -27,6 +27,7 @@ enum { CHOICE_BACKEND_LOCAL, CHOICE_BACKEND_TCP, CHOICE_BACKEND_MPI, CHOICE_BACK
 enum { CHOICE_REDUCTION_LAST, CHOICE_REDUCTION_EVERY };
 enum { CHOICE_MATMUL_AUTO, CHOICE_MATMUL_OWN, CHOICE_MATMUL_OPENBLAS };
 enum { CHOICE_PRECISION_FP32, CHOICE_PRECISION_BF16, CHOICE_PRECISION_FP16 };
+enum { CHOICE_OFFLOAD_NONE, CHOICE_OFFLOAD_OPTIMIZER };
 enum { CHOICE_FORMAT_TIMM, CHOICE_FORMAT_HF };
 
 enum { COMMAND_TRAIN, COMMAND_EVAL, COMMAND_PREDICT, COMMAND_COMPARE, COMMAND_EXPORT, COMMAND_SIMULATE,
@@ -60,10 +61,10 @@ typedef struct {
     size_t batch_size, gradient_accumulation_steps, epochs, max_steps;
 
     /* distribution */
-    int strategy, device, backend, gradient_reduction, matmul, precision, reduce_dtype;
+    int strategy, device, backend, gradient_reduction, matmul, precision, reduce_dtype, offload;
     size_t nproc_per_node, rendezvous_port, prefetch, activation_checkpointing, threads_per_rank;
     double timeout, bucket_size_mb;
-    bool reshard_after_forward, print_schedule;
+    bool reshard_after_forward, print_schedule, tf32;
     option_text deepspeed_config;
 
     /* simulation */
@@ -227,8 +228,12 @@ static const option train_option_list[] = {
     {"distribution", "precision", OPTION_CHOICE, FIELD(precision), .of_training = true, .preset = "fp32",
      .choices = "fp32|bf16|fp16",
      .help = "numbers of the model; the optimizer's are fp32, and fp16 scales its loss to keep small gradients"},
+    {"distribution", "tf32", OPTION_SWITCH, FIELD(tf32), .preset = "false",
+     .help = "fp32 on a GPU: matrix products round their factors to TF32, which has 10 bits"},
     {"distribution", "reduce-dtype", OPTION_CHOICE, FIELD(reduce_dtype), .of_training = true, .note = "the precision",
      .choices = "fp32|bf16|fp16", .help = "numbers in which ranks add their gradients"},
+    {"distribution", "offload", OPTION_CHOICE, FIELD(offload), .preset = "none", .choices = "none|optimizer",
+     .help = "GPU: keep optimizer state and master weights in host memory, and update there"},
     {"distribution", "deepspeed-config", OPTION_TEXT, FIELD(deepspeed_config), .value_name = "FILE",
      .not_built_yet = true, .help = "take options from a DeepSpeed configuration"},
     {"distribution", "threads-per-rank", OPTION_SIZE, FIELD(threads_per_rank), .range = "[1, 4096]",

@@ -186,9 +186,10 @@ typedef struct vit_device {
      * min(1, clip / (norm / n + 1e-6)) / n (clip 0: off); 0 if not finite. */
     void (*gradient_factor)(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip);
 
-    void (*fill)(rt_stream *s, rt_block x, int byte);       /* every byte of x = byte */
-    void (*cast)(rt_stream *s, rt_block to, rt_block from); /* any of fp32, bf16 and fp16 to any; [n] both */
-    void (*add)(rt_stream *s, rt_block x, rt_block y);      /* x += y; y may be of another type, as in cast */
+    void (*fill)(rt_stream *s, rt_block x, int byte); /* every byte of x = byte */
+    /* Any of fp32, bf16 and fp16 to any, and any type to itself; [n] both. */
+    void (*cast)(rt_stream *s, rt_block to, rt_block from);
+    void (*add)(rt_stream *s, rt_block x, rt_block y); /* x += y; y may be of another type, as in cast */
     /* The arithmetic of every collective: each of `to` = from[0] + from[1] + ... in this order, element by
      * element (fp32, bf16, fp16 or int64, which wraps; of 16-bit numbers the sum is formed in fp32 and
      * rounded once). A `to` may be one of `from`. Called by the rank that executes, on memory of all
@@ -220,6 +221,8 @@ extern const vit_device vit_cuda; /* vit_cuda.cu; only where nvcc was found */
 typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul;
 int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e); /* after open; -1: not built with it */
 const char *vit_cpu_description(const rt_rank *rank);                /* "own product, AVX-512 14x32" */
+/* A CUDA rank's fp32 products round their factors to TF32 from now on; after open, before the first product. */
+void vit_cuda_tf32(rt_rank *rank);
 
 /* -------------------------------------------------------------------------------------- tensors and units */
 

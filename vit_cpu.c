@@ -1116,6 +1116,11 @@ static void gradient_factor(rt_stream *s, rt_block scalars_, rt_block counters_,
 static void fill(rt_stream *s, rt_block x, int byte) { memset(x.data, byte, x.count * rt_type_size(x.type)); }
 
 static void cast(rt_stream *s, rt_block to, rt_block from) {
+    const size_t size = rt_type_size(to.type);
+    if (size > sizeof(float)) { /* a copy */
+        memcpy(to.data, from.data, to.count * size);
+        return;
+    }
 #pragma omp parallel for num_threads(team(s->rank, 0.4 * to.count)) schedule(static)
     for (size_t i = 0; i < to.count; i += BLOCK) {
         const size_t n = min_size(BLOCK, to.count - i);

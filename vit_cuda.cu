@@ -8,7 +8,8 @@
  *
  * Everything is launched on the rank's own streams, and nothing waits for it on the host but copy_out (and,
  * once per shape, the timing by which the matrix product chooses its algorithm). Arithmetic is fp32 (the
- * norm: double and integers), and every stored result is rounded once. fp32 products are true fp32, not TF32.
+ * norm: double and integers), and every stored result is rounded once. fp32 products are true fp32, unless
+ * vit_cuda_tf32 asks for TF32, whose factors have 10 bits.
  * There are no atomics on floating-point numbers: where rows are summed up, the sums go through chunks of
  * rows that follow from the shape alone and are added in order. But the algorithm of a product, and with it
  * the last bits, is the one that was fastest when its shape first came.
@@ -78,6 +79,7 @@ typedef struct {
     char description[320];
     cuda_stream stream[RT_STREAMS]; /* none for the host */
     cublasLtHandle_t blas;
+    cublasComputeType_t fp32_product;
     void *workspace; /* of the matrix product [WORKSPACE] */
     matmul_plan *plan;
     size_t plans, plans_room;
@@ -186,6 +188,20 @@ static void release(rt_rank *rank, void *memory, size_t bytes) {
         c->arena_used = 0;
 }
 
+/* Page-locked, so that copies run beside the kernels; any GPU may use it. */
+static void *allocate_host(rt_rank *rank, size_t bytes) {
+    void *memory = NULL;
+    (void)rank;
+    if (cudaHostAlloc(&memory, bytes, cudaHostAllocPortable) == cudaSuccess) return memset(memory, 0, bytes);
+    cudaGetLastError();
+    return NULL;
+}
+
+static void release_host(rt_rank *rank, void *memory, size_t bytes) {
+    (void)bytes;
+    check(rank, cudaFreeHost(memory), "cudaFreeHost");
+}
+
 static int cuda_reserve(rt_rank *rank, const rt_ledger *ledger, error_text *e) {
     cuda_state *c = (cuda_state *)rank->device;
     size_t bytes = ledger->total_peak_bytes, slack = ledger->allocations * ALIGNMENT, left = 0, all = 0;
@@ -249,8 +265,9 @@ static void copy_out(rt_stream *s, void *to, rt_block from) {
     check(s->rank, cudaStreamSynchronize(stream_of(s)), "copy from the device");
 }
 
+/* Within the device, or from or to page-locked host memory: their addresses tell. */
 static void copy_inside(rt_stream *s, void *to, const void *from, size_t bytes) {
-    check(s->rank, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_of(s)), "copy");
+    check(s->rank, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_of(s)), "copy");
 }
 
 static void record_event(rt_stream *s, rt_event *event) {
@@ -472,8 +489,8 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
     uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
     int count = 0;
     plan->milliseconds = INFINITY;
-    if (check(rank, LT(cublasLtMatmulDescCreate)(&plan->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F),
-              "product") ||
+    cublasComputeType_t compute = p->a.type == RT_FP32 ? c->fp32_product : CUBLAS_COMPUTE_32F;
+    if (check(rank, LT(cublasLtMatmulDescCreate)(&plan->operation, compute, CUDA_R_32F), "product") ||
         create_layout(rank, &plan->a, p->b.type, p->b.transposed, k->m, k->k, k->lda, k->batch,
                       k->stride_a) ||
         create_layout(rank, &plan->b, p->a.type, p->a.transposed, k->k, k->n, k->ldb, k->batch,
@@ -1885,6 +1902,7 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     cuda_state *c = (cuda_state *)calloc(1, sizeof *c);
     if (!c) return error_set(e, "rank %d: out of memory", rank->rank);
     c->gpu = gpu;
+    c->fp32_product = CUBLAS_COMPUTE_32F;
     cudaRuntimeGetVersion(&runtime);
     snprintf(c->description, sizeof c->description, "%s, sm_%d%d, CUDA %d.%d, cuBLASLt %zu", properties.name,
              properties.major, properties.minor, runtime / 1000, runtime % 1000 / 10,
@@ -1892,6 +1910,8 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     rank->device = c;
     rank->allocate = allocate;
     rank->release = release;
+    rank->allocate_host = allocate_host;
+    rank->release_host = release_host;
     rank->record = record_event;
     rank->wait = wait_for_event;
     if (open_streams(rank, c)) {
@@ -1899,6 +1919,13 @@ static int cuda_open(rt_rank *rank, error_text *e) {
         return error_set(e, "%s", rank->world->error.text);
     }
     return 0;
+}
+
+void vit_cuda_tf32(rt_rank *rank) {
+    cuda_state *c = (cuda_state *)rank->device;
+    size_t used = strlen(c->description);
+    c->fp32_product = CUBLAS_COMPUTE_32F_FAST_TF32;
+    snprintf(c->description + used, sizeof c->description - used, ", TF32");
 }
 
 /* clang-format off */

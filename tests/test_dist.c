@@ -201,6 +201,37 @@ static void the_loss_scale_follows_deepspeed(void **state) {
     assert_true(s.scale == 65536 && s.least == 1 && s.window == 1000 && s.hysteresis == 2 && s.left == 2);
 }
 
+/* The CPU's optimizer on memory of its own, behind copies: the same arithmetic. */
+static void an_offloaded_optimizer_gives_the_same_bits(void **state) {
+    static const rt_type types[] = {RT_FP32, RT_BF16, RT_FP16};
+    (void)state;
+    for (int n = 1; n <= 2; n++)
+        for (size_t k = 0; k < VARIANTS; k++)
+            for (size_t i = 0; i < 6; i++) {
+                training *t[2];
+                for (int offload = 0; offload < 2; offload++) {
+                    t[offload] = variant_of(k, n, 2, 2, DIST_REDUCE_EVERY);
+                    t[offload]->type = types[i % 3];
+                    t[offload]->reduce_type = types[(i + i / 3) % 3];
+                    t[offload]->optimizer = (i + k) % 2 ? DIST_SGD : DIST_ADAMW;
+                    t[offload]->late = offload;
+                    t[offload]->offload = offload;
+                    trained(t[offload]);
+                }
+                assert_same_bits(t[0], t[1]);
+                for (int r = 0; r < n; r++) {
+                    const rt_ledger *device = &t[0]->ledger[r], *split = &t[1]->ledger[r];
+                    assert_true(!split->bytes[RT_OPTIMIZER] && !device->bytes[RT_HOST_MEMORY]);
+                    assert_int_equal(split->total_bytes, device->total_bytes - device->bytes[RT_OPTIMIZER]);
+                    assert_true(split->bytes[RT_HOST_MEMORY] > device->bytes[RT_OPTIMIZER]);
+                    assert_true(t[1]->formula[r].bytes[RT_HOST_MEMORY] ==
+                                (double)split->bytes[RT_HOST_MEMORY]);
+                }
+                training_free(t[0]);
+                training_free(t[1]);
+            }
+}
+
 static void sgd_agrees_too(void **state) {
     (void)state;
     for (dist_reduction reduction = DIST_REDUCE_LAST; reduction <= DIST_REDUCE_EVERY; reduction++) {
@@ -271,6 +302,46 @@ static void evaluation_between_steps_changes_nothing(void **state) {
             assert_memory_equal(t->traffic[r], plain->traffic[r], sizeof plain->traffic[r]);
         assert_int_equal(t->not_finite[1], plain->model.units);
         training_free(plain);
+        training_free(t);
+    }
+}
+
+/* As a GPU is driven: the host reads the result of a step when it has launched the next. */
+static void results_may_be_read_a_step_late(void **state) {
+    (void)state;
+    for (int n = 1; n <= 2; n++)
+        for (size_t k = 0; k < VARIANTS; k++)
+            for (int fp16 = 0; fp16 <= 1; fp16++) {
+                training *t[2];
+                for (int late = 0; late < 2; late++) {
+                    t[late] = variant_of(k, n, 2, 2, DIST_REDUCE_EVERY);
+                    t[late]->steps = 5;
+                    t[late]->late = late;
+                    t[late]->type = fp16 ? RT_FP16 : RT_FP32;
+                    trained(t[late]);
+                }
+                assert_same_bits(t[0], t[1]);
+                training_free(t[0]);
+                training_free(t[1]);
+            }
+}
+
+/* Until the host has read that a step came to nothing, none of the later ones may change the weights. */
+static void nothing_changes_after_a_step_that_is_not_finite(void **state) {
+    (void)state;
+    for (size_t k = 0; k < VARIANTS; k++) {
+        training *before = variant_of(k, 2, 2, 1, DIST_REDUCE_EVERY);
+        training *t = variant_of(k, 2, 2, 1, DIST_REDUCE_EVERY);
+        before->steps = 1;
+        t->steps = 3;
+        t->late = 1;
+        t->poison = (double)INFINITY;
+        t->poisoned = 2;
+        trained(before);
+        trained(t);
+        assert_true(isnan(t->norms[1]) && isfinite(t->losses[2]));
+        assert_memory_equal(t->weights, before->weights, t->count * sizeof *t->weights);
+        training_free(before);
         training_free(t);
     }
 }
@@ -538,7 +609,10 @@ int main(void) {
         cmocka_unit_test(an_overflow_skips_the_step),
         cmocka_unit_test(the_loss_scale_follows_deepspeed),
         cmocka_unit_test(sgd_agrees_too),
+        cmocka_unit_test(an_offloaded_optimizer_gives_the_same_bits),
         cmocka_unit_test(evaluation_between_steps_changes_nothing),
+        cmocka_unit_test(results_may_be_read_a_step_late),
+        cmocka_unit_test(nothing_changes_after_a_step_that_is_not_finite),
         cmocka_unit_test(not_finite_is_noticed),
         cmocka_unit_test(collectives_are_sums_in_rank_order),
         cmocka_unit_test(ranks_may_run_ahead),

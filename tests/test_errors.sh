@@ -114,7 +114,7 @@ usage "eval without a model" "eval: found no --checkpoint" eval
 for command in simulate plan; do
     usage "$command is of later" "$command is not built yet" $command
 done
-for option in "backend nccl" trace "augmentation imagenet" \
+for option in trace "augmentation imagenet" \
     "mixup 0.2" "deepspeed-config x" "cluster p5"; do
     # shellcheck disable=SC2086
     usage "--$option is of later" "--${option%%[ =]*}.* is not built yet" --$option
@@ -123,6 +123,10 @@ done
 if "$train" env --device cuda >"$work/stdout" 2>&1; then skip "usage: no GPU" "there is one"; else
     refused "no GPU" "(no CUDA device|CUDA driver is too old|not built with CUDA)" --device cuda --backend local
 fi
+
+refused "TF32 on a CPU" "--tf32: found --device cpu, expected --device cuda and --precision fp32" --tf32
+refused "TF32 of bf16" "--tf32: found --precision bf16, expected" --tf32 --device cuda --precision bf16
+refused "offload on a CPU" "--offload optimizer: found --device cpu, .*expected cuda" --offload optimizer
 
 compared() { name=$1 pattern=$2; shift 2; usage "compare: $name" "$pattern" compare "$@"; }
 compared "no strategies" "compare: found no --strategies, expected names such as ddp,zero3"

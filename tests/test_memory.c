@@ -54,12 +54,13 @@ static size_t activation_bytes(const vit_model *m, size_t B, size_t N) {
 }
 
 /* Scratch of the neediest unit, a block (norm, hidden, three of the stream, the widest gradient) or the
- * embedding (patches, their projection), and six doubles of a step: rate, two corrections, loss scale, factor, norm. */
+ * embedding (patches, their projection), and six doubles of a step: rate, two corrections, loss scale, factor, norm;
+ * twice these doubles, the loss, bad losses and stop flag of a step that is over. */
 static size_t workspace_bytes(const vit_model *m, size_t B) {
     size_t rows = B * m->T, D = m->D, wide = m->F > 3 * D ? m->F : 3 * D;
     size_t block = 4 * part(rows * D) + part(rows * m->F) + part(rows * wide);
     size_t embedding = part(B * m->N * m->C * m->P * m->P) + part(B * m->N * D);
-    return (block > embedding ? block : embedding) + 6 * 8;
+    return (block > embedding ? block : embedding) + 6 * 8 + 2 * (6 + 3) * 8;
 }
 
 /* ---------------------------------------------------------------------------------------------- the table */

@@ -170,8 +170,8 @@ static int ledger_body(dist_comm *comm, void *argument) {
 static void ledger_counts_bytes_and_peaks(void **state) {
     (void)state;
     assert_string_equal(run(1, ledger_body, NULL).message, "");
-    static const char *const names[RT_CATEGORIES] = {"parameters",  "gradients",     "optimizer",
-                                                     "activations", "communication", "workspace"};
+    static const char *const names[RT_CATEGORIES] = {"parameters",    "gradients", "optimizer", "activations",
+                                                     "communication", "workspace", "host"};
     for (int c = 0; c < RT_CATEGORIES; c++) assert_string_equal(rt_category_name(c), names[c]);
 }
 
@@ -704,7 +704,7 @@ static void held_post(dist_comm *comm, const dist_call *calls, size_t n) {
     dist__local_post(comm, calls, n);
 }
 
-static const dist_transport held = {"held", held_post};
+static const dist_transport held = {"held", held_post, NULL, NULL};
 
 static int late_post_body(dist_comm *comm, void *argument) {
     static const char *const units[] = {"a", "b", "c"};

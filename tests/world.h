@@ -39,8 +39,11 @@ typedef struct {
     dist_optimizer optimizer;
     size_t prefetch, checkpoint_every;
     int keep_after_forward;
+    int offload;                    /* the optimizer in host memory */
     int evaluate;                   /* after every step: a forward pass and a sum over the ranks */
-    double poison;                  /* added to a pixel of rank 1's data at the last step */
+    int late;                       /* the result of a step is read when the next has ended */
+    double poison;                  /* added to a pixel of rank 1's data ... */
+    size_t poisoned;                /* ... at this step; 0: the last */
     void (*inspect)(const dist *d); /* called by every rank after every step; it fails by rt_fail */
     /* what came of it */
     double *losses, *norms; /* [steps] of rank 0; the other ranks' are compared with them */
@@ -108,6 +111,7 @@ static dist_options options_of(const training *t) {
                           .gradient_clipping = t->clipping,
                           .adamw = {.9, .999, ADAM_EPS, 0.05},
                           .sgd = {.9, 0.05},
+                          .offload = t->offload ? &vit_cpu : NULL,
                           .counts = 16};
 }
 
@@ -116,7 +120,7 @@ static int train_rank(rt_rank *rank, void *argument) {
     const vit_model *m = &t->model;
     const vit_config *c = &m->config;
     size_t pixels = c->channels * c->image_height * c->image_width, B = t->batch, N = (size_t)t->ranks;
-    size_t M = t->accumulation, r = (size_t)rank->rank;
+    size_t M = t->accumulation, r = (size_t)rank->rank, read = 0;
     float *images = calloc(B * pixels, sizeof *images);
     int32_t *labels = calloc(B, sizeof *labels);
     uint64_t *keys = calloc(B, sizeof *keys);
@@ -148,13 +152,16 @@ static int train_rank(rt_rank *rank, void *argument) {
                 for (size_t b = 0; b < B; b++)
                     make_sample(c, (step - 1) * N * M * B + (b * M + k) * N + r, images + b * pixels,
                                 &labels[b], &keys[b]);
-                if (t->poison != 0 && step == t->steps && r == 1 % N) images[0] += (float)t->poison;
+                if (t->poison != 0 && step == (t->poisoned ? t->poisoned : t->steps) && r == 1 % N)
+                    images[0] += (float)t->poison;
                 dist_micro_batch(&d, k, images, labels, keys);
             }
-            dist_end_step(&d, &result);
+            dist_end_step(&d, t->late ? NULL : &result);
             if (t->inspect && !rt_failed(rank)) t->inspect(&d);
-            if (r == 0 && t->losses)
-                t->losses[step - 1] = result.loss, t->norms[step - 1] = result.gradient_norm;
+            for (; read + (t->late && step < t->steps) < step; read++) {
+                if (t->late) dist_read_result(&d, &result);
+                if (r == 0 && t->losses) t->losses[read] = result.loss, t->norms[read] = result.gradient_norm;
+            }
             if (t->evaluate) {
                 float *logits = calloc(B * m->V, sizeof *logits);
                 int64_t counts[3] = {(int64_t)r, 1, -5};
