@@ -15,7 +15,7 @@ enum { PIECE = 1 << 18 }; /* elements of one rank's part that are added up at a 
 typedef struct {
     dist_process head;
     dist_queue queue;
-    int rank, size, failed;
+    int rank, size, failed, speaks;
     double timeout;
     const vit_device *device;
     _Alignas(64) char stage[]; /* [size][PIECE] of any type: what the ranks have sent of this rank's part */
@@ -36,6 +36,23 @@ static int finish(dist_mpi *m, int status, MPI_Request *request) {
                     status ? "MPI fails" : "no word from the others", dist_queue_last(&m->queue, last),
                     rt_seconds() - begin, status);
     return -1;
+}
+
+/* Do all ranks mean the same call? MPI would mix up what they send. */
+static int all_agree(dist_mpi *m, const dist_fingerprint *own) {
+    const int bytes = sizeof *own;
+    dist_fingerprint *all = (dist_fingerprint *)m->stage;
+    error_text e;
+    MPI_Request request;
+    int status = MPI_Iallgather(own, bytes, MPI_BYTE, all, bytes, MPI_BYTE, MPI_COMM_WORLD, &request);
+    if (finish(m, status, &request)) return 0;
+    for (int r = 1; r < m->size; r++) {
+        if (!memcmp(&all[r], &all[0], sizeof *all)) continue;
+        dist_disagreement(&e, 0, &all[0], r, &all[r]);
+        if (dist_queue_fail(&m->queue, "%s", e.text)) m->speaks = m->rank == 0;
+        return 0;
+    }
+    return 1;
 }
 
 /* A piece of a sum: of an all-reduce, n elements, each rank adding up its share of them; of a reduce, all for
@@ -66,7 +83,8 @@ static int sum_piece(dist_mpi *m, const dist_call *c, size_t at, size_t n, MPI_D
     return finish(m, status, &request);
 }
 
-static int carry_out_call(dist_mpi *m, const dist_call *c) {
+static int carry_out_call(dist_mpi *m, const dist_entry *x) {
+    const dist_call *c = &x->call;
     const size_t elements = dist_elements(c), size = rt_type_size(dist_type(c)), N = (size_t)m->size;
     const MPI_Datatype type = size == 2 ? MPI_UINT16_T : size == 4 ? MPI_UINT32_T : MPI_UINT64_T;
     const int n = (int)elements, share = (int)(elements / N), roots = m->rank == c->peer;
@@ -75,6 +93,7 @@ static int carry_out_call(dist_mpi *m, const dist_call *c) {
     MPI_Request request;
     int status = elements > INT_MAX ? MPI_ERR_COUNT : MPI_SUCCESS;
     if (status) return finish(m, status, &request);
+    if (c->op != DIST_SEND && c->op != DIST_RECV && !all_agree(m, &x->fingerprint)) return -1;
     switch (c->op) {
     case DIST_ALL_GATHER:
         if (own != in) memcpy(own, in, c->in.count * size);
@@ -86,7 +105,7 @@ static int carry_out_call(dist_mpi *m, const dist_call *c) {
         break;
     case DIST_SEND: status = MPI_Isend(in, n, type, c->peer, 0, MPI_COMM_WORLD, &request); break;
     case DIST_RECV: status = MPI_Irecv(out, n, type, c->peer, 0, MPI_COMM_WORLD, &request); break;
-    case DIST_BARRIER: status = MPI_Ibarrier(MPI_COMM_WORLD, &request); break;
+    case DIST_BARRIER: return 0; /* all have come, or they would not have agreed */
     default:
         if (c->op == DIST_ALL_REDUCE || c->op == DIST_CONTROL) step *= N;
         for (size_t at = 0; at < all; at += step)
@@ -100,11 +119,13 @@ static void *carry_out(void *argument) {
     dist_mpi *m = argument;
     for (int end;;) {
         uint64_t posted = dist_queue_posted(&m->queue, &end);
+        if (end && !atomic_load(&m->queue.head.world->failed))
+            all_agree(m, &(dist_fingerprint){.op = DIST_OPS}); /* that this was all */
         if (end) return dist_queue_leave(&m->queue);
         double begin = rt_seconds();
         if (m->queue.completed == posted)
             dist_queue_sleep(&m->queue);
-        else if (!carry_out_call(m, &dist_queue_at(&m->queue, m->queue.completed)->call))
+        else if (!carry_out_call(m, dist_queue_at(&m->queue, m->queue.completed)))
             dist_queue_complete(&m->queue, rt_seconds() - begin);
     }
 }
@@ -125,18 +146,21 @@ static dist_hub *mpi_start(dist_process *p, rt_world *world, const vit_device *d
     static const dist_transport transport = {"mpi", dist_queue_post, NULL, NULL};
     dist_mpi *m = (dist_mpi *)p;
     m->device = device;
+    m->speaks = 1; /* of its own failures */
     return dist_queue_start(&m->queue, &transport, world, m->size, carry_out, m, e) ? NULL : &m->queue.head;
 }
 
 static int mpi_stop(dist_process *p) {
     dist_mpi *m = (dist_mpi *)p;
     dist_queue_stop(&m->queue);
-    return m->failed = atomic_load(&m->queue.head.world->failed);
+    m->failed = atomic_load(&m->queue.head.world->failed);
+    return m->failed && m->speaks;
 }
 
 /* Ranks that wait for one that has failed would wait in MPI_Finalize too. */
 static void mpi_close(dist_process *p) {
     dist_mpi *m = (dist_mpi *)p;
+    if (m->failed && !m->speaks) sleep(5); /* rank 0 says why, and then ends all */
     if (m->failed) MPI_Abort(MPI_COMM_WORLD, 1);
     MPI_Finalize();
     free(m);

@@ -109,6 +109,18 @@ void *dist_queue_leave(dist_queue *q) {
     return NULL;
 }
 
+int dist_disagreement(error_text *e, int rank, const dist_fingerprint *a, int other,
+                      const dist_fingerprint *b) {
+    if (rank > other) return dist_disagreement(e, other, b, rank, a);
+    const char *name[2] = {"nothing more", "nothing more"}; /* of a rank that has left */
+    if (a->op < DIST_OPS) name[0] = dist_op_name((dist_op)a->op);
+    if (b->op < DIST_OPS) name[1] = dist_op_name((dist_op)b->op);
+    return error_set(e, "ranks %d and %d disagree: %s %llu of %llu (%.32s) against %s %llu of %llu (%.32s)",
+                     rank, other, name[0], (unsigned long long)a->sequence, (unsigned long long)a->elements,
+                     a->unit, name[1], (unsigned long long)b->sequence, (unsigned long long)b->elements,
+                     b->unit);
+}
+
 int dist_queue_fail(dist_queue *q, const char *format, ...) {
     rt_rank *rank = &q->head.world->ranks[0];
     char text[1024];

@@ -40,6 +40,10 @@ typedef struct dist_fingerprint {
     char unit[32];
 } dist_fingerprint;
 
+/* Says what two ranks do not agree on. Returns -1. */
+int dist_disagreement(error_text *e, int rank, const dist_fingerprint *a, int other,
+                      const dist_fingerprint *b);
+
 typedef struct dist_entry {
     dist_call call;
     dist_fingerprint fingerprint;

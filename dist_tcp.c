@@ -31,6 +31,7 @@ typedef struct {
     char *to;          /* where the sum of it goes, or NULL */
     size_t summed;     /* bytes of it that are finished */
     uint64_t stage;    /* where in the peers' stages it begins */
+    uint64_t after;    /* so many calls must be complete first: the last of them has memory in common */
 } tcp_work;
 
 typedef struct {
@@ -66,24 +67,18 @@ static void lose(dist_tcp *t, int r, const char *how) {
 }
 
 static void disagree(dist_tcp *t, int r, const dist_fingerprint *own, const dist_fingerprint *other) {
-    int lower = t->rank < r;
-    const dist_fingerprint *a = lower ? own : other, *b = lower ? other : own;
-    const char *name[2] = {"nothing more", "nothing more"};
-    if (a->op < DIST_OPS) name[0] = dist_op_name((dist_op)a->op);
-    if (b->op < DIST_OPS) name[1] = dist_op_name((dist_op)b->op);
-    if (dist_queue_fail(&t->queue,
-                        "ranks %d and %d disagree: %s %llu of %llu (%.32s) against %s %llu of %llu (%.32s)",
-                        lower ? t->rank : r, lower ? r : t->rank, name[0], (unsigned long long)a->sequence,
-                        (unsigned long long)a->elements, a->unit, name[1], (unsigned long long)b->sequence,
-                        (unsigned long long)b->elements, b->unit))
-        t->speaks = t->rank == 0;
+    error_text e;
+    dist_disagreement(&e, t->rank, own, r, other);
+    if (dist_queue_fail(&t->queue, "%s", e.text)) t->speaks = t->rank == 0;
 }
 
 static void silence(dist_tcp *t) {
     char names[128] = "", last[128];
-    for (int r = 0; r < t->size && strlen(names) < 100; r++)
-        if (r != t->rank && t->peer[r].receiving <= t->queue.completed)
-            sprintf(names + strlen(names), " %d", r);
+    for (int begun = 0; begun < 2 && !*names; begun++) /* those who have not even begun the call, if any */
+        for (int r = 0; r < t->size && strlen(names) < 100; r++)
+            if (r != t->rank && t->peer[r].receiving <= t->queue.completed &&
+                (begun || t->peer[r].received < sizeof t->peer[r].other))
+                sprintf(names + strlen(names), " %d", r);
     if (dist_queue_fail(&t->queue, "rank %d: no word from rank%s for %g s %s (--timeout)", t->rank, names,
                         t->meeting->timeout, dist_queue_last(&t->queue, last)))
         t->speaks = 1;
@@ -108,6 +103,11 @@ static size_t part(const dist_tcp *t, const dist_entry *x, int r, size_t *bytes)
     return lo * size;
 }
 
+static int overlap(rt_block a, rt_block b) {
+    const char *x = a.data, *y = b.data;
+    return x && y && x < y + b.count * rt_type_size(b.type) && y < x + a.count * rt_type_size(a.type);
+}
+
 /* What a call means to this rank. */
 static void prepare(dist_tcp *t, uint64_t i) {
     const dist_entry *x = dist_queue_at(&t->queue, i);
@@ -121,6 +121,11 @@ static void prepare(dist_tcp *t, uint64_t i) {
     w->from = (char *)c->in.data + (c->op == DIST_ALL_GATHER || !w->own ? 0 : at);
     w->to = c->out.data ? (char *)c->out.data + (c->op == DIST_REDUCE_SCATTER || !w->own ? 0 : at) : NULL;
     if (w->sums) t->stage_end += (w->own + 63) / 64 * 64;
+    for (uint64_t j = t->queue.completed; j < i; j++) { /* of one stream: as if in turn */
+        const dist_call *before = &dist_queue_at(&t->queue, j)->call;
+        if (overlap(c->in, before->out) || overlap(c->out, before->in) || overlap(c->out, before->out))
+            w->after = j + 1;
+    }
 }
 
 /* Does this rank send to rank r in a call, or else receive from it? */
@@ -137,6 +142,7 @@ static int push(dist_tcp *t, int r, uint64_t posted, int *more) {
         const tcp_work *w = &t->work[p->sending % DIST_QUEUE];
         size_t theirs, at = part(t, x, r, &theirs), head = sizeof x->fingerprint, done = p->sent;
         if (!exchanges(t, x, r, 1)) continue;
+        if (t->queue.completed < w->after) return 0;
         if (!w->sums) theirs = 0;
         size_t own = w->spreads ? w->own : 0, finished = own && w->sums ? w->summed : own;
         if (done == head + theirs + own) continue;
@@ -183,6 +189,7 @@ static int pull(dist_tcp *t, int r, uint64_t posted, int *more) {
         return 0;
     }
     if (p->received == head && !agrees(t, r, x)) return 0;
+    if (!n && t->queue.completed < w->after) return 0;
     if (!n) {
         size_t theirs, at = part(t, x, r, &theirs), done = p->received - head, own = w->sums ? w->own : 0;
         if (!w->spreads) theirs = 0;
@@ -213,6 +220,7 @@ static int sum(dist_tcp *t, uint64_t posted) {
         tcp_work *x = &t->work[t->summing % DIST_QUEUE];
         rt_type type = dist_type(&dist_queue_at(&t->queue, t->summing)->call);
         size_t size = rt_type_size(type), n = x->own - x->summed, N = (size_t)t->size;
+        if (t->queue.completed < x->after) return 0;
         if (!x->sums) {
             if (x->own && x->to && x->to != x->from) memcpy(x->to, x->from, x->own);
             x->summed = x->own;
@@ -249,17 +257,19 @@ static int sum(dist_tcp *t, uint64_t posted) {
     return 0;
 }
 
-/* Completes, in order, the calls of which nothing is left to do; the oldest began at *begin. */
-static void complete(dist_tcp *t, uint64_t posted, double *begin) {
+/* Completes, in order, the calls of which nothing is left to do; the oldest began at *begin. 1: some were. */
+static int complete(dist_tcp *t, uint64_t posted, double *begin) {
+    uint64_t before = t->queue.completed;
     while (t->queue.completed < posted && t->summing > t->queue.completed) {
         for (int r = 0; r < t->size; r++)
             if (r != t->rank &&
                 (t->peer[r].sending <= t->queue.completed || t->peer[r].receiving <= t->queue.completed))
-                return;
+                return t->queue.completed > before;
         double now = rt_seconds();
         dist_queue_complete(&t->queue, now - *begin);
         *begin = now;
     }
+    return t->queue.completed > before;
 }
 
 static void *carry_out(void *argument) {
@@ -283,7 +293,7 @@ static void *carry_out(void *argument) {
             fds[r].fd = fds[r].events ? t->fd[r] : -1;
         }
         moved |= sum(t, posted);
-        complete(t, posted, &begin);
+        moved |= complete(t, posted, &begin);
         if (moved) heard = rt_seconds();
         if (moved) continue;
         if (rt_seconds() - heard > t->meeting->timeout) silence(t);

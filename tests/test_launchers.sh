@@ -85,6 +85,18 @@ if "$train" env 2>/dev/null | grep -q "^backends.* mpi" && command -v mpirun >/d
         wrong="found no line about the two sizes"
     verdict "mpirun: another MPI than the launcher's is refused" "$wrong"
 
+    # rank 1 has one step less: its evaluation must not be taken for the others' training
+    # shellcheck disable=SC2016
+    timeout 60 mpirun --bind-to none -n 3 sh -c 'n=9; [ "$OMPI_COMM_WORLD_RANK" = 1 ] && n=8
+        exec "$@" --max-steps $n' - "$train" --threads-per-rank 1 --quiet --timeout 20 \
+        --output-dir "$work/mpi-other" >"$work/log" 2>&1
+    status=$?
+    wrong=""
+    [ $status != 0 ] && [ $status != 124 ] || wrong="exit status $status of mpirun"
+    grep -q "^train: error: ranks 0 and 1 disagree: .* against control" "$work/log" || wrong="found no such line"
+    [ "$(grep -c '^train: error' "$work/log")" = 1 ] || wrong="not one line"
+    verdict "mpirun: ranks that disagree" "$wrong"
+
     timeout 60 mpirun --bind-to none -n 3 "$train" --epochs 1000 --threads-per-rank 1 --quiet --timeout 20 \
         --output-dir "$work/mpi-killed" >"$work/log" 2>&1 &
     job=$!
@@ -204,7 +216,28 @@ for _ in $(seq 50); do
     sleep 0.2
 done
 
-export MASTER_PORT=$((port + 30))
+# submit NAME SECONDS OPTIONS OF ./train...: the batch script, with results in NAME-ddp and NAME-zero3, SIGTERM so
+# many seconds before the limit of a minute, and its own port. Prints the number of the job.
+submit() {
+    name=$1 before=$2
+    shift 2
+    # shellcheck disable=SC2086
+    MASTER_PORT=$((port + 30 + 2 * ${#name})) DEVICE=cpu RUNS="$work/$name" sbatch --parsable --nodes 2 \
+        --ntasks-per-node 2 --cpus-per-task 1 --gpus-per-node 0 --chdir "$here" --output "$work/$name.log" \
+        --signal "TERM@$before" --time 1 scripts/slurm.sh "$work/mnist" $small --quiet --timeout 20 "$@"
+}
+# finished JOB: waits for its end (sbatch -W asks too seldom)
+finished() {
+    for _ in $(seq 300); do
+        [ -n "$(squeue -h -j "$1" 2>/dev/null)" ] || return
+        sleep 0.3
+    done
+}
+
+# The signal comes 5 s after the start at the earliest, and up to half a minute later: meanwhile the rest goes on.
+signalled=$(submit signalled 55 --epochs 100000 --checkpoint-interval 100000)
+
+export MASTER_PORT=$((port + 60))
 # shellcheck disable=SC2086
 timeout 60 srun -N 4 -n 4 -K1 "$train" $digits --strategy zero3 --quiet --output-dir "$work/srun" \
     >"$work/log" 2>&1 || cat "$work/log"
@@ -212,7 +245,7 @@ local_run local-srun 4 --strategy zero3
 verdict "srun: four nodes of one rank" "$(difference srun local-srun)"
 
 # a rank is killed: -K1 ends the step
-export MASTER_PORT=$((port + 32))
+export MASTER_PORT=$((port + 62))
 timeout 60 srun -N 2 -n 2 -K1 "$train" --epochs 1000 --threads-per-rank 1 --timeout 20 --quiet \
     --output-dir "$work/srun-killed" >"$work/srun-killed.log" 2>&1 &
 job=$!
@@ -222,18 +255,8 @@ status=$?
 verdict "srun: a killed rank ends the others" \
     "$([ $status != 0 ] && [ $status != 124 ] || echo "exit status $status")"
 
-# The batch script, DDP then ZeRO-3, and the signal before the time limit: a checkpoint, from which the same
-# script goes on.
-export MASTER_PORT=$((port + 34)) DEVICE=cpu RUNS="$work/batch"
-# batch OPTIONS OF ./train...
-batch() {
-    # shellcheck disable=SC2086
-    timeout 120 sbatch -W --nodes 2 --ntasks-per-node 2 --cpus-per-task 1 --gpus-per-node 0 --chdir "$here" \
-        --output "$work/batch.log" --signal TERM@"${before:-1}" --time 1 scripts/slurm.sh "$work/mnist" \
-        $small --quiet --timeout 20 "$@" \
-        >"$work/log" 2>&1
-}
-batch --max-steps 4
+# The batch script, DDP then ZeRO-3; and after SIGTERM, from whose checkpoint the same script goes on.
+finished "$(submit batch 1 --max-steps 4)"
 wrong=""
 for strategy in ddp zero3; do
     [ "$(cat "$work/batch-$strategy/checkpoints/latest" 2>/dev/null)" = step-00000004 ] ||
@@ -241,16 +264,22 @@ for strategy in ddp zero3; do
 done
 verdict "sbatch scripts/slurm.sh" "$wrong"
 
-RUNS="$work/signal" before=55 batch --epochs 100000 # the limit is a minute: the signal comes after 5 s
+finished "$signalled"
 wrong=""
-latest=$(cat "$work/signal-ddp/checkpoints/latest" 2>/dev/null)
-[ -n "$latest" ] || wrong="found no checkpoint: $(tail -1 "$work/batch.log")"
-[ ! -e "$work/signal-zero3" ] || wrong="the script went on after the signal"
+latest=$(cat "$work/signalled-ddp/checkpoints/latest" 2>/dev/null)
+[ -n "$latest" ] || wrong="found no checkpoint: $(tail -1 "$work/signalled.log")"
+[ ! -e "$work/signalled-zero3" ] || wrong="the script went on after the signal"
 verdict "sbatch: SIGTERM before the time limit writes a checkpoint" "$wrong"
 if [ -n "$latest" ]; then
     steps=$(($(echo "$latest" | sed "s/step-0*//") + 2))
-    RUNS="$work/signal" batch --max-steps $steps
-    last=$(sed 's/step-0*//' "$work/signal-ddp/checkpoints/latest")
+    job=$(submit signalled 1 --max-steps $steps --checkpoint-interval 100000)
+    for _ in $(seq 150); do # until DDP is through; ZeRO-3, which would do all the steps, is not waited for
+        last=$(sed 's/step-0*//' "$work/signalled-ddp/checkpoints/latest")
+        [ "$last" = $steps ] && break
+        sleep 0.2
+    done
+    scancel "$job"
+    finished "$job"
     verdict "sbatch: submitted again, it goes on" "$([ "$last" = $steps ] || echo "ended at $last, expected $steps")"
 fi
 exit $failed

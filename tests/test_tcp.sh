@@ -36,6 +36,20 @@ for n in 2 3 4; do
     done
 done
 
+for flavour in asan tsan; do
+    if [ ! -x "$build/$flavour/train" ]; then
+        skip "zero3 on 2 processes, $flavour" "$build/$flavour/train is not built"
+        continue
+    fi
+    plain=$train train=$build/$flavour/train
+    processes $flavour "0 1" 2 --max-steps 2 --strategy zero3 --batch-size 8 --threads-per-rank 1 --quiet \
+        --timeout 50 --limit-val 32 --output-dir "$work/$flavour"
+    train=$plain
+    wrong=""
+    [ "$statuses" = " 0 0" ] || wrong="exit statuses$statuses: $(cat "$work/$flavour".? | head -3 | tr '\n' ' ')"
+    verdict "zero3 on 2 processes, $flavour" "$wrong"
+done
+
 # fails NAME PATTERN: all statuses are 1, and a line of an error matches
 fails() {
     wrong=""

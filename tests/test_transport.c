@@ -195,6 +195,22 @@ static void every_collective(dist_comm *c, size_t k, rt_type type) {
     for (int i = 0; i < BLOCKS; i++) rt_free(c->rank, RT_COMMUNICATION_BUFFERS, &b[i]);
 }
 
+/* All-reduces of one number, far more than the queue holds, posted without a wait: a stream keeps its order. */
+static void in_turn(dist_comm *c) {
+    enum { TIMES = 40 };
+    rt_block x = rt_alloc(c->rank, RT_COMMUNICATION_BUFFERS, RT_I64, 1, 1);
+    rt_event done[TIMES] = {0};
+    uint64_t expected = 1;
+    if (!x.data) return;
+    store(x, 0, 0, c->index == 0);
+    for (int i = 0; i < TIMES; i++)
+        dist_post(c, &(dist_call){DIST_CONTROL, x, x, 0, "u", RT_COMMUNICATION, NULL, &done[i]});
+    rt_wait(c->rank, RT_HOST, &done[TIMES - 1]);
+    for (int i = 1; i < TIMES; i++) expected *= (uint64_t)c->size; /* 1, then N times the sum before */
+    expect(c, rt_failed(c->rank) || holds(x, 0, 0, (int64_t)expected), "a chain of control", TIMES, RT_I64);
+    rt_free(c->rank, RT_COMMUNICATION_BUFFERS, &x);
+}
+
 static void all_sizes(dist_comm *c) {
     const size_t sizes[] = {1, 2, 5, 37, 1000, 65537, 400001}; /* the last: beyond every buffer */
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
@@ -202,6 +218,7 @@ static void all_sizes(dist_comm *c) {
         every_collective(c, sizes[i], RT_BF16);
         every_collective(c, sizes[i], RT_I64);
     }
+    in_turn(c);
 }
 
 static void numbers_are_right(void **state) {
@@ -270,7 +287,7 @@ static void failures_are_told(void **state) {
     ends_with(one_killed, 30, "lost rank 1");
     ends_with(one_fails, 30, "rank 1: no more paper");
     ends_with(one_leaves, 30, "disagree: barrier 1 of 0 (blocks.0) against nothing more");
-    ends_with(one_sleeps, 3, "no word from rank");
+    ends_with(one_sleeps, 3, "no word from rank 1 for 3 s in barrier 1 (blocks.0)");
 }
 
 int main(void) {
