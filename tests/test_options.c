@@ -142,6 +142,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "precision",
                            "reduce-dtype",
                            "tf32",
+                           "cuda-graphs",
                            "offload",
                            "threads-per-rank",
                            "output-dir",
