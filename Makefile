@@ -14,8 +14,8 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
-TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits
-SCRIPTS := example mismatch train tcp resume kill images errors compare strategies docs
+TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits transport
+SCRIPTS := example mismatch train tcp launchers nccl resume kill images errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
@@ -23,7 +23,8 @@ FUZZERS := options safetensors idx cifar image
 .PHONY: demo test test-built test-gpu test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format
 .PHONY: install clean cuda-archs
 
-# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, NVCC, CUDA_CFLAGS, CUDA_LIBS.
+# What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, MPI_CFLAGS, MPI_LIBS, NVCC,
+# CUDA_CFLAGS, CUDA_LIBS, NCCL_CFLAGS, NCCL_LIBS.
 # Goals that build nothing themselves do not ask.
 NO_PROBE := demo test fuzz test-sanitize bench-gpu validate format clean
 ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
@@ -39,7 +40,7 @@ build/config.mk: scripts/probe.sh | build/
 # Three flavours of everything: plain; asan, with UBSan; tsan. The last two go without OpenMP, whose library
 # is not instrumented, and fill freed memory of dist.h with NaN (DIST_DEBUG).
 
-LIBS         := $(JPEG_LIBS) -lcjson -lz -lm -lpthread
+LIBS         := $(JPEG_LIBS) $(MPI_LIBS) -lcjson -lz -lm -lpthread
 plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS) $(JPEG_CFLAGS)
 plain_LIBS    = $(BLAS_LIBS) $(LIBS)
 asan_CFLAGS  := $(JPEG_CFLAGS) -O1 -DDIST_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -52,18 +53,24 @@ build/%/vit_cpu.o: vit_cpu.c vit.h runtime.h base.h build/config.mk | build/%/
 	$(CC) $(CFLAGS) $($*_CFLAGS) -c $< -o $@
 
 # Of processes that are one rank each.
-PROCESS := rendezvous dist_process dist_tcp
+PROCESS := rendezvous dist_process dist_tcp $(if $(MPI_LIBS),dist_mpi)
+build/plain/dist_nccl.o: dist_nccl.c $(HEADERS) build/config.mk | build/plain/
+	$(CC) $(CFLAGS) $(plain_CFLAGS) $(NCCL_CFLAGS) -c $< -o $@
 define process_rule
 $(PROCESS:%=build/$(1)/%.o): build/$(1)/%.o: %.c $$(HEADERS) build/config.mk | build/$(1)/
-	$$(CC) $$(CFLAGS) $$($(1)_CFLAGS) -c $$< -o $$@
+	$$(CC) $$(CFLAGS) $$($(1)_CFLAGS) $$(MPI_CFLAGS) -c $$< -o $$@
 endef
 $(foreach f,plain asan tsan,$(eval $(call process_rule,$(f))))
 
-build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o)
-build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS)
-build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS)
+build/plain/train: $(if $(NVCC),build/cuda/vit_cuda.o) $(if $(NCCL_LIBS),build/plain/dist_nccl.o)
+build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS) $(NCCL_CFLAGS)
+build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS) $(NCCL_LIBS)
 build/plain/train build/asan/train build/tsan/train: build/%/train: train.c $(foreach p,vit_cpu $(PROCESS),build/%/$(p).o) $(HEADERS)
-	$(CC) $(CFLAGS) $($*_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
+	$(CC) $(CFLAGS) $($*_CFLAGS) $(MPI_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
+
+# The program over tests/fake_nccl.c instead of NCCL and a GPU.
+build/plain/train_fake: train.c tests/fake_nccl.c build/plain/vit_cpu.o $(PROCESS:%=build/plain/%.o) build/plain/dist_nccl.o $(HEADERS)
+	$(CC) $(CFLAGS) $(plain_CFLAGS) -DHAVE_CUDA $(MPI_CFLAGS) $(NCCL_CFLAGS) $(filter %.c %.o,$^) -o $@ $(plain_LIBS)
 
 # Machine code for each of CUDA_ARCHS, and PTX of the last, which newer GPUs translate.
 gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) \
@@ -88,6 +95,8 @@ demo:
 test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST_TEST_SKIP_WAIT)
 test_flags += $(if $(filter %test_poison,$@),-DDIST_DEBUG)
 define test_rule
+build/$(1)/test_transport: tests/test_transport.c build/$(1)/vit_cpu.o $(PROCESS:%=build/$(1)/%.o) $$(HEADERS)
+	$$(CC) $$(test_flags) $$(filter %.c %.o,$$^) -o $$@ -lcmocka $$($(1)_LIBS)
 $(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) tests/files.h build/config.mk | build/$(1)/
 	$$(CC) $$(test_flags) $$< -o $$@ -lcmocka $$($(1)_LIBS)
 build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard tests/*.h)
@@ -112,12 +121,13 @@ build/plain/bench_decode: tests/bench_decode.c $(HEADERS) build/config.mk | buil
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $< -o $@ $(plain_LIBS)
 
 PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%)
-PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist build/tsan/test_loader
+PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist build/tsan/test_loader build/tsan/test_transport
 
 test:
 	@scripts/install.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) test-built
-test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS)
+test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS) \
+    $(if $(NCCL_LIBS),build/plain/train_fake)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
 test-gpu: train $(if $(NVCC),$(GPU_TESTS))

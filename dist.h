@@ -107,10 +107,12 @@ void dist_group_begin(dist_comm *comm);
 void dist_group_end(dist_comm *comm);
 
 /* A transport carries out what is posted. `post` gets n calls of one launch; it returns at once or when it
- * must. */
+ * must. `open` and `close` may be NULL: they make what a communicator needs, once the device is open. */
 typedef struct dist_transport {
     const char *name; /* "local", "tcp" */
     void (*post)(dist_comm *comm, const dist_call *calls, size_t n);
+    int (*open)(dist_comm *comm);
+    void (*close)(dist_comm *comm);
 } dist_transport;
 
 /* Where ranks meet. Each transport has its own, which begins with this and must outlive the run of the
@@ -481,7 +483,7 @@ typedef struct {
 static void dist__left(void *transport, rt_rank *rank);
 
 static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n);
-static const dist_transport dist__local = {"local", dist__local_post};
+static const dist_transport dist__local = {"local", dist__local_post, NULL, NULL};
 
 dist_hub *dist_hub_create(rt_world *world) {
     dist__local_hub *hub = calloc(1, sizeof *hub);
@@ -734,11 +736,13 @@ int dist_comm_open(dist_comm *comm, dist_hub *hub, rt_rank *rank, const vit_devi
                         .device = device,
                         .shared = hub};
     comm->pair_sequence = calloc(2 * (size_t)hub->size, sizeof *comm->pair_sequence);
-    return comm->pair_sequence ? 0 : rt_fail(rank, "rank %d: out of memory", rank->rank);
+    if (!comm->pair_sequence) return rt_fail(rank, "rank %d: out of memory", rank->rank);
+    return comm->transport->open ? comm->transport->open(comm) : 0;
 }
 
 void dist_comm_close(dist_comm *comm) {
     if (comm->rank) rt_drain(comm->rank);
+    if (comm->rank && comm->transport->close) comm->transport->close(comm);
     free(comm->pair_sequence);
     *comm = (dist_comm){0};
 }

@@ -1,6 +1,7 @@
 /* dist_process.c - the queue of posted calls (dist_process.h). */
 #include "dist_process.h"
 
+#include <poll.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -78,6 +79,12 @@ uint64_t dist_queue_posted(dist_queue *q, int *end) {
     *end = atomic_load(&w->failed) || (q->stop && q->completed == posted);
     pthread_mutex_unlock(&w->lock);
     return posted;
+}
+
+void dist_queue_sleep(dist_queue *q) {
+    struct pollfd wake = {q->wake, POLLIN, 0};
+    uint64_t ignored;
+    if (poll(&wake, 1, 100) > 0 && read(q->wake, &ignored, sizeof ignored) < 0) return; /* looked in vain */
 }
 
 void dist_queue_complete(dist_queue *q, double seconds) {

@@ -72,6 +72,8 @@ void dist_queue_post(dist_comm *comm, const dist_call *calls, size_t n);
  * is dist_queue_at(q, i), until it is completed. */
 uint64_t dist_queue_posted(dist_queue *q, int *end);
 static inline dist_entry *dist_queue_at(dist_queue *q, uint64_t i) { return &q->entry[i % DIST_QUEUE]; }
+/* Until something is posted, or for a moment. */
+void dist_queue_sleep(dist_queue *q);
 /* The oldest call is done; it took so long. */
 void dist_queue_complete(dist_queue *q, double seconds);
 /* The last thing that the thread does: it no longer touches memory of the rank. */

@@ -214,7 +214,7 @@ static int sum(dist_tcp *t, uint64_t posted) {
         rt_type type = dist_type(&dist_queue_at(&t->queue, t->summing)->call);
         size_t size = rt_type_size(type), n = x->own - x->summed, N = (size_t)t->size;
         if (!x->sums) {
-            if (x->to && x->to != x->from) memcpy(x->to, x->from, x->own);
+            if (x->own && x->to && x->to != x->from) memcpy(x->to, x->from, x->own);
             x->summed = x->own;
             continue;
         }
@@ -299,7 +299,7 @@ static int tcp_agree(dist_process *p, int failed, error_text *e, char *shared, s
 }
 
 static dist_hub *tcp_start(dist_process *p, rt_world *world, const vit_device *device, error_text *e) {
-    static const dist_transport transport = {"tcp", dist_queue_post};
+    static const dist_transport transport = {"tcp", dist_queue_post, NULL, NULL};
     dist_tcp *t = (dist_tcp *)p;
     t->device = device;
     t->speaks = 1; /* of its own failures */
@@ -320,7 +320,10 @@ static int tcp_stop(dist_process *p) {
     dist_fingerprint goodbye = {.op = GOODBYE};
     for (int r = 0; r < t->size; r++)
         if (r != t->rank) rendezvous_transfer(t->fd[r], &goodbye, sizeof goodbye, 1, rt_seconds() + 5);
-    return 0;
+    error_text why;
+    if (!rendezvous_end(t->meeting, &why, &t->speaks)) return 0;
+    rt_fail(&w->ranks[0], "%s", why.text);
+    return t->speaks;
 }
 
 static void tcp_close(dist_process *p) {

@@ -164,7 +164,7 @@ static int find_rank_0(rendezvous *z, const char *host, int port, double deadlin
         rendezvous_transfer(fd, &note, sizeof note, 0, deadline + 5))
         return error_set(e, "rank %d: %s:%d answers, but is no rank 0 that waits: %s", z->rank, host, port,
                          errno == ETIMEDOUT ? "no word within the time" : "it closed the connection");
-    if (note.failed) return error_set(e, "%.500s", note.text);
+    if (note.failed) return *e->text = 0, -1;
     if (rendezvous_transfer(fd, z->at, (size_t)z->size * sizeof *z->at, 0, deadline + 5))
         return error_set(e, "rank 0 went away while ranks met");
     z->at[0].address = a.sin_addr.s_addr;
@@ -238,7 +238,7 @@ int rendezvous_agree(rendezvous *z, int failed, error_text *e, char *shared, siz
         else
             any |= other.failed;
     }
-    if (lost && !any) any = 1, error_set(e, "rank %d was lost before training began", lost);
+    if (lost && !any) any = 1, error_set(e, "rank %d was lost while ranks agreed", lost);
     own.failed = any;
     for (int r = 1; r < z->size && z->rank == 0; r++)
         rendezvous_transfer(z->control[r], &own, sizeof own, 1, deadline);
@@ -248,7 +248,7 @@ int rendezvous_agree(rendezvous *z, int failed, error_text *e, char *shared, siz
     }
     if (rendezvous_transfer(z->control[0], &own, sizeof own, 1, deadline) ||
         rendezvous_transfer(z->control[0], &other, sizeof other, 0, deadline))
-        return failed ? -1 : error_set(e, "rank %d: rank 0 was lost before training began", z->rank);
+        return failed ? -1 : error_set(e, "rank %d: rank 0 was lost while ranks agreed", z->rank);
     memcpy(shared, other.shared, size);
     if (!failed || !strcmp(own.text, other.text)) *e->text = 0;
     return other.failed ? -1 : 0;
@@ -268,4 +268,22 @@ int rendezvous_told(rendezvous *z, int r, error_text *failure, int *speaks) {
     *speaks = told ? z->rank == 0 && note.speaker == 0 : z->rank == 0 || r == 0;
     if (told) error_set(failure, "%.500s", note.text);
     return told;
+}
+
+int rendezvous_gone(rendezvous *z) {
+    for (int r = 0; r < z->size; r++) {
+        int failed = 0; /* the first field of a note */
+        ssize_t k = z->control[r] < 0 ? -2 : recv(z->control[r], &failed, sizeof failed, MSG_PEEK);
+        if (k == 0 || (k == -1 && errno != EAGAIN && errno != EINTR) || failed) return r;
+    }
+    return -1;
+}
+
+int rendezvous_end(rendezvous *z, error_text *why, int *speaks) {
+    char nothing = 0;
+    *why->text = 0;
+    if (!rendezvous_agree(z, 0, why, &nothing, 0)) return 0;
+    *speaks = *why->text != 0; /* it was lost, and could say nothing itself */
+    if (!*speaks) error_set(why, "another rank has failed");
+    return -1;
 }

@@ -24,7 +24,8 @@ typedef struct rendezvous {
 
 /* Meets the other ranks: rank 0 listens at `port`, the others look for it at `host` (IPv4). NULL: e says why,
  * after `timeout` seconds at most: which ranks have not come, that nobody answers, that the port is taken, or
- * that two processes are the same rank or disagree on the size. */
+ * that two processes are the same rank or disagree on the size. Others than rank 0 leave e empty where rank 0
+ * says it. */
 rendezvous *rendezvous_open(const char *host, int port, int rank, int size, double timeout, error_text *e);
 void rendezvous_close(rendezvous *z);
 
@@ -39,6 +40,14 @@ int rendezvous_connect(rendezvous *z, int *fd, error_text *e);
 /* A failure is told over the control connections: by rank 0 to all, by the others to rank 0. speaks: this
  * process will print it. */
 void rendezvous_tell(rendezvous *z, const char *failure, int speaks);
+
+/* Looks, without waiting: a rank that has failed or gone, as far as this one is connected to it; -1: none. One
+ * that waits in rendezvous_agree has not. */
+int rendezvous_gone(rendezvous *z);
+
+/* After a run that ended well here; every such rank calls it. -1: some rank has not ended well, and *speaks:
+ * this process is the one to print `why`. */
+int rendezvous_end(rendezvous *z, error_text *why, int *speaks);
 
 /* What rank r, which has gone, had told: 1, its failure, and in *speaks whether this process should print it,
  * as rank 0 does what nobody has printed. 0: nothing, it was killed or cut off; *speaks likewise. Waits for a

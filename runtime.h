@@ -84,6 +84,7 @@ typedef struct rt_stream {
     double time; /* virtual seconds at which its last operation ends */
     uint64_t clock[RT_STREAMS];
     rt_event *tail; /* the last collective posted on it, if that may still be pending */
+    void *device;   /* the device's own stream, or NULL */
 } rt_stream;
 
 /* Marks the present end of a stream in the event. */
@@ -132,12 +133,15 @@ typedef struct {
 } rt_note;
 
 typedef struct rt_rank {
-    int rank; /* 0 .. world->size - 1 */
+    int rank;       /* 0 .. world->size - 1 */
+    int local_rank; /* among the ranks of this host: it chooses the device */
     struct rt_world *world;
     rt_stream stream[RT_STREAMS];
     rt_ledger ledger;
     int threads;                                       /* threads that this rank's operations may use */
     void *device;                                      /* the device's own state of this rank */
+    void *arena;                                       /* what the device has set aside for it, or NULL */
+    size_t arena_size;
     void *(*allocate)(struct rt_rank *, size_t bytes); /* zeroed, 64-byte aligned; NULL: no more */
     void (*release)(struct rt_rank *, void *, size_t bytes);
     /* The same of host memory, where a device has its own; else NULL. */
@@ -562,7 +566,7 @@ int rt_world_init(rt_world *world, int size, int flags) {
     pthread_cond_init(&world->changed, NULL);
     for (int r = 0; r < size; r++) {
         rt_rank *rank = &world->ranks[r];
-        *rank = (rt_rank){.rank = r, .world = world, .threads = 1};
+        *rank = (rt_rank){.rank = r, .local_rank = r, .world = world, .threads = 1};
         for (int s = 0; s < RT_STREAMS; s++) rank->stream[s].rank = rank;
     }
     return 0;

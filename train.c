@@ -18,10 +18,17 @@
 #include "compare.h"
 #include "data/dataset.h"
 #include "data/loader.h"
+#ifdef HAVE_MPI
+#include "dist_mpi.h"
+#endif
+#ifdef HAVE_NCCL
+#include "dist_nccl.h"
+#endif
 #include "dist_tcp.h"
 #include "io/metrics.h"
 #include "launch.h"
 #include "report.h"
+#include "spawn.h"
 #include "train_options.h"
 
 #include <signal.h>
@@ -299,6 +306,9 @@ static size_t steps_of_epochs(const run *r) {
     return left > SIZE_MAX - of_this_one ? SIZE_MAX : of_this_one + left;
 }
 
+/* How many of the ranks run on this host. */
+static size_t ranks_here(const run *r) { return r->process ? (size_t)r->launch.local_size : r->ranks; }
+
 /* Fills in every default that depends on something else; config.json shows what came of it. */
 static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
@@ -306,7 +316,8 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     if (*r->resumed && resume_batch(r, e)) return -1;
     size_t n = r->ranks = o->nproc_per_node, cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN),
            M = o->gradient_accumulation_steps;
-    if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > n ? cores / n : 1;
+    size_t here = ranks_here(r);
+    if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > here ? cores / here : 1;
     if (o->strategy < 0) o->strategy = n > 1 ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
     if (o->backend < 0) o->backend = CHOICE_BACKEND_LOCAL;
     if (o->reduce_dtype < 0) o->reduce_dtype = o->precision;
@@ -422,14 +433,14 @@ static int prepare_device(run *r, error_text *e) {
     if (o->device == CHOICE_DEVICE_CPU) return 0;
 #ifdef HAVE_CUDA
     r->device = &vit_cuda;
-    if (o->nproc_per_node > 1 && o->backend != CHOICE_BACKEND_LOCAL)
-        return error_set(
-            e,
-            "--device cuda: found %zu ranks, expected 1, or --backend local, with which ranks share "
-            "GPUs (nccl, one process a GPU, is not built yet)",
-            o->nproc_per_node);
+    if (o->nproc_per_node > 1 && o->backend != CHOICE_BACKEND_LOCAL && o->backend != CHOICE_BACKEND_NCCL)
+        return error_set(e,
+                         "--device cuda: found --backend %s, expected nccl (a process a GPU), or local, with "
+                         "which ranks of one process share the GPUs",
+                         options_choice(&train_table, o, &o->backend).text);
     double unused, total;
-    return vit_cuda.memory((int)o->nproc_per_node, &unused, &total, e);
+    int own = r->process ? r->launch.local_rank : 0;
+    return vit_cuda.memory(own, r->process ? 1 : (int)o->nproc_per_node, &unused, &total, e);
 #else
     return error_set(e, "--device cuda: this program was not built with CUDA (make found no nvcc)");
 #endif
@@ -445,13 +456,14 @@ static int open_device(const run *r, rt_rank *rank, error_text *e) {
     return r->device == &vit_cpu ? vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, e) : 0;
 }
 
-/* Bytes of memory that the ranks of this process may have. */
+/* Bytes of memory that all ranks may have, if other hosts have what this one has. */
 static double available_bytes(const run *r) {
     double unused = 0, total;
     error_text ignored;
-    if (!r->device->memory) return report_available_bytes();
-    r->device->memory((int)r->ranks, &unused, &total, &ignored);
-    return unused;
+    if (!r->device->memory) return report_available_bytes() * (double)r->ranks / (double)ranks_here(r);
+    if (!r->process) return r->device->memory(0, (int)r->ranks, &unused, &total, &ignored), unused;
+    r->device->memory(r->launch.local_rank, 1, &unused, &total, &ignored);
+    return unused * (double)r->ranks;
 }
 
 /* What cannot fit is refused at once: a system that promises memory that it has not kills who uses it. */
@@ -1074,12 +1086,14 @@ static int train_epoch(trainer *t, size_t *step) {
 static void report_card(const trainer *t, const int64_t *all, size_t length) {
     double unused, total, ledger = 0;
     error_text e;
-    if (!t->r->device->memory || t->r->device->memory((int)t->r->ranks, &unused, &total, &e)) return;
-    for (size_t k = 0; k < t->r->ranks; k++)
-        for (int c = 0; c < RT_HOST_MEMORY; c++) ledger += (double)all[length * k + 2 * (size_t)c];
+    const run *r = t->r;
+    int own = r->process ? r->launch.local_rank : 0, here = r->process ? 1 : (int)r->ranks;
+    if (!r->device->memory || r->device->memory(own, here, &unused, &total, &e)) return;
+    for (int k = 0; k < here; k++) /* of one process a GPU: rank 0's */
+        for (int c = 0; c < RT_HOST_MEMORY; c++) ledger += (double)all[length * (size_t)k + 2 * (size_t)c];
     fprintf(stderr, "%-16s %14.0f\n%-16s %14.0f\n%-16s %14.0f  %s\n", "GPU, in use", total - unused,
-            "ledger, all ranks", ledger, "difference", total - unused - ledger,
-            "context, kernels, cuBLASLt's workspace, scratch, other programs");
+            r->process ? "ledger" : "ledger, all ranks", ledger, "difference", total - unused - ledger,
+            "context, kernels, NCCL, cuBLASLt's workspace, scratch, other programs");
 }
 
 /* One `memory` line a rank and one `communication` line a rank and operation. */
@@ -1229,6 +1243,14 @@ static int write_config(trainer *t) {
     );
     cJSON_AddStringToObject(about, "matrix_product", r->device->description(t->rank));
     cJSON_AddNumberToObject(about, "threads", (double)r->o.threads_per_rank);
+    extern char **environ;
+    for (char **v = environ; r->o.backend == CHOICE_BACKEND_NCCL && *v; v++) { /* NCCL's settings */
+        char name[64];
+        const char *value = strchr(*v, '=');
+        if (strncmp(*v, "NCCL_", 5) || !value || value - *v >= (ptrdiff_t)sizeof name) continue;
+        snprintf(name, sizeof name, "%.*s", (int)(value - *v), *v);
+        cJSON_AddStringToObject(about, name, value + 1);
+    }
     cJSON_AddItemToObject(root, "run", about);
     char *text = cJSON_Print(root);
     cJSON_Delete(root);
@@ -1423,22 +1445,80 @@ static int prepare_output(run *r, error_text *e) {
     return 0;
 }
 
+#ifdef HAVE_MPI
+#define BACKEND_MPIRUN CHOICE_BACKEND_MPI
+#define BACKENDS_MPI   ", mpi"
+#else
+#define BACKEND_MPIRUN CHOICE_BACKEND_TCP
+#define BACKENDS_MPI   ""
+#endif
+#ifdef HAVE_NCCL
+#define BACKENDS_NCCL ", nccl"
+#else
+#define BACKENDS_NCCL ""
+#endif
+
+/* Who has started this process, and what communicates. */
+static int find_launch(run *r, error_text *e) {
+    train_options *o = &r->o;
+    const launch *l = &r->launch;
+    if (launch_find(&r->launch, e)) return -1;
+    int several = l->launcher ? l->size > 1 : o->nproc_per_node > 1;
+    if (o->backend >= 0) return 0;
+    if (o->device == CHOICE_DEVICE_CUDA)
+        o->backend = several ? CHOICE_BACKEND_NCCL : CHOICE_BACKEND_LOCAL;
+    else
+        o->backend = !l->launcher                    ? CHOICE_BACKEND_LOCAL
+                     : strcmp(l->launcher, "mpirun") ? CHOICE_BACKEND_TCP
+                                                     : BACKEND_MPIRUN;
+    return 0;
+}
+
+/* Is this process to start the ranks, each a process of its own, and to wait for them? */
+static int starts_ranks(const run *r) {
+    const train_options *o = &r->o;
+    size_t command = o->state.command;
+    return !r->launch.launcher && o->nproc_per_node > 1 &&
+           (o->backend == CHOICE_BACKEND_TCP || o->backend == CHOICE_BACKEND_NCCL) &&
+           (command == COMMAND_TRAIN || command == COMMAND_EVAL || command == COMMAND_ENV);
+}
+
+/* Meets the other processes over the backend. NULL: e says why. */
+static dist_process *open_process(const run *r, error_text *e) {
+    const train_options *o = &r->o;
+    const launch *l = &r->launch;
+    int port = given(r, &o->rendezvous_port) ? (int)o->rendezvous_port : l->port ? l->port + 1 : 29501;
+    switch (o->backend) {
+    case CHOICE_BACKEND_TCP: return dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
+#ifdef HAVE_MPI
+    case CHOICE_BACKEND_MPI: return dist_mpi_open(l->rank, l->size, o->timeout, e);
+#endif
+#ifdef HAVE_NCCL
+    case CHOICE_BACKEND_NCCL: return dist_nccl_open(l->host, port, l->rank, l->size, o->timeout, e);
+#endif
+    default:
+        error_set(e, "--backend %s: found a program built without it (make prints what it found)",
+                  options_choice(&train_table, o, &o->backend).text);
+        return NULL;
+    }
+}
+
 /* Joins the ranks that a launcher has started, if one has. */
 static int join_ranks(run *r, error_text *e) {
     train_options *o = &r->o;
     launch *l = &r->launch;
-    if (launch_find(l, e)) return -1;
-    if (o->backend < 0 && o->device == CHOICE_DEVICE_CPU)
-        o->backend = l->launcher ? CHOICE_BACKEND_TCP : CHOICE_BACKEND_LOCAL;
-    if (!l->launcher && o->backend == CHOICE_BACKEND_TCP)
+    if (!l->launcher && o->backend > CHOICE_BACKEND_LOCAL)
         return error_set(e,
-                         "--backend tcp: found no launcher's RANK and WORLD_SIZE, expected to be started by "
-                         "torchrun, srun or mpirun");
+                         "--backend %s: found one rank, or a command that runs in one process, expected "
+                         "train, eval or env with %storchrun, srun or mpirun",
+                         options_choice(&train_table, o, &o->backend).text,
+                         o->backend == CHOICE_BACKEND_MPI ? "" : "--nproc-per-node, ");
     if (!l->launcher) return 0;
     if (o->backend == CHOICE_BACKEND_LOCAL && l->size > 1)
-        return error_set(e, "--backend local: found a process that %s started as rank %d of %d, expected tcp",
-                         l->launcher, l->rank, l->size);
-    if (given(r, &o->nproc_per_node))
+        return error_set(
+            e, "--backend local: found a process that %s started as rank %d of %d, expected tcp, mpi or nccl",
+            l->launcher, l->rank, l->size);
+    if (given(r, &o->nproc_per_node) && strcmp(l->launcher, "train"))
         return error_set(e, "found --nproc-per-node, expected none, as %s has started the ranks",
                          l->launcher);
     if (r->o.state.command == COMMAND_COMPARE || r->o.state.command == COMMAND_EXPORT ||
@@ -1447,10 +1527,7 @@ static int join_ranks(run *r, error_text *e) {
     o->nproc_per_node = (size_t)l->size;
     if (l->rank) o->quiet = true;
     if (l->size == 1) return 0;
-    int port = given(r, &o->rendezvous_port) ? (int)o->rendezvous_port : l->port ? l->port + 1 : 29501;
-    r->silent = l->rank != 0;
-    r->process = dist_tcp_open(l->host, port, l->rank, l->size, o->timeout, e);
-    r->silent = 0;
+    r->process = open_process(r, e);
     return r->process ? 0 : -1;
 }
 
@@ -1469,11 +1546,12 @@ static int run_ranks(run *r, int (*body)(rt_rank *, void *), error_text *e, char
     int failed = -1, here = r->process ? 1 : (int)r->ranks;
     int flags = (r->device->memory ? 0 : RT_CHECK) | (r->process ? RT_ELSEWHERE : 0);
     if (rt_world_init(&world, here, flags)) return error_set(e, "out of memory for %zu ranks", r->ranks);
-    if (r->process) world.ranks[0].rank = r->launch.rank;
+    if (r->process) world.ranks[0].rank = r->launch.rank, world.ranks[0].local_rank = r->launch.local_rank;
     error_set(e, "out of memory for %zu ranks", r->ranks);
     r->hub = r->process ? r->process->start(r->process, &world, r->device, e) : dist_hub_create(&world);
     if (r->hub) failed = rt_run(&world, body, r);
     if (r->hub && r->process && !r->process->stop(r->process)) r->silent = world.failed;
+    if (world.failed) failed = -1; /* by the others, while this rank said goodbye */
     if (failed && r->hub) *e = world.error;
     if (!failed) *e->text = 0;
     if (world.table) *table = strdup(world.table);
@@ -1553,13 +1631,14 @@ static int command_env(run *r, error_text *e, char **table) {
     uname(&host);
     r->ranks = r->o.nproc_per_node;
     if (prepare_device(r, e)) return -1;
-    if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > r->ranks ? cores / r->ranks : 1;
+    size_t here = ranks_here(r);
+    if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > here ? cores / here : 1;
     printf("version            %s\nhost               %s, %s %s\ncores              %zu\nmemory             "
            "%.1f GB\n",
            TRAIN_VERSION, host.nodename, host.sysname, host.machine, cores,
            1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
-    printf("devices            cpu" ENV_CUDA "\nbackends           local, tcp (mpi and nccl are "
-           "not built yet)\n");
+    printf("devices            cpu" ENV_CUDA "\nbackends           local, tcp" BACKENDS_MPI BACKENDS_NCCL
+           "\n");
     return run_ranks(r, env_body, e, table);
 }
 
@@ -1715,6 +1794,10 @@ int main(int argc, char **argv) {
         status = 2;
     } else if (r->o.state.command == COMMAND_HELP) {
         status = command_help(&r->o, &e) ? 2 : 0;
+    } else if (find_launch(r, &e)) {
+        status = 1;
+    } else if (starts_ranks(r)) {
+        status = spawn_ranks(argv, (int)r->o.nproc_per_node, &e);
     } else if (join_ranks(r, &e)) {
         status = 1;
     } else if (r->o.state.command == COMMAND_ENV) {
@@ -1759,10 +1842,11 @@ int main(int argc, char **argv) {
         status = 1, error_set(&e, "stdout: cannot be written: %s", strerror(errno));
     for (char *c = e.text; *c; c++) /* names from outside may hold line ends: one line */
         if ((unsigned char)*c < ' ' || *c == 0x7F) *c = '?';
-    if (status && *e.text && !r->silent) /* on a terminal: in place of a progress line */
+    int speaks = status && *e.text && !r->silent && launch_takes_turn(&r->launch);
+    if (speaks) /* on a terminal: in place of a progress line */
         fprintf(stderr, "%strain: error: %s\n%s", isatty(STDERR_FILENO) ? "\r\033[K" : "", e.text,
                 table ? table : "");
-    if (status && r->out_of_memory) {
+    if (speaks && r->out_of_memory) {
         dist_options d = distribution(r);
         report_advice(stderr, r->device, &r->model, &d, (int)r->ranks, available_bytes(r));
     }

@@ -142,12 +142,18 @@ static int count_devices(int *count, error_text *e) {
     return 0;
 }
 
-static int cuda_memory(int ranks, double *unused, double *total, error_text *e) {
+static int cuda_memory(int first, int ranks, double *unused, double *total, error_text *e) {
     int count, current = 0;
     if (count_devices(&count, e)) return -1;
+    if (first >= count)
+        return error_set(
+            e,
+            "found %d CUDA devices, and a rank that is number %d of this host, expected a device "
+            "for each (--backend local lets ranks share them)",
+            count, first);
     cudaGetDevice(&current);
     *unused = *total = 0;
-    for (int i = 0; i < count && i < ranks; i++) {
+    for (int i = first; i < count && i < first + ranks; i++) {
         size_t left, all;
         cudaError_t error = cudaSetDevice(i);
         if (error == cudaSuccess) error = cudaMemGetInfo(&left, &all);
@@ -214,7 +220,8 @@ static int cuda_reserve(rt_rank *rank, const rt_ledger *ledger, error_text *e) {
                          "rank %d: out of memory: found %.3f GB free of the GPU's %.3f GB, expected %.3f GB",
                          rank->rank, 1e-9 * (double)left, 1e-9 * (double)all, 1e-9 * (double)bytes);
     }
-    c->arena_size = bytes + slack;
+    c->arena_size = rank->arena_size = bytes + slack;
+    rank->arena = c->arena;
     return 0;
 }
 
@@ -489,14 +496,15 @@ static int create_layout(rt_rank *rank, cublasLtMatrixLayout_t *layout, rt_type 
     int32_t count = (int32_t)batch;
     int64_t offset = (int64_t)stride;
     uint64_t r = transposed ? columns : rows, c = transposed ? rows : columns;
-    return check(rank, LT(cublasLtMatrixLayoutCreate)(layout, cuda_type(type), r, c, (int64_t)ld), "layout") ||
+    return check(rank, LT(cublasLtMatrixLayoutCreate)(layout, cuda_type(type), r, c, (int64_t)ld),
+                 "layout") ||
            check(rank,
                  LT(cublasLtMatrixLayoutSetAttribute)(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
-                                                  sizeof count),
+                                                      sizeof count),
                  "layout") ||
            check(rank,
                  LT(cublasLtMatrixLayoutSetAttribute)(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                                  &offset, sizeof offset),
+                                                      &offset, sizeof offset),
                  "layout");
 }
 
@@ -509,8 +517,9 @@ static cublasStatus_t run_plan(rt_stream *s, const matmul_plan *plan, const prod
         if (status != CUBLAS_STATUS_SUCCESS) return status;
     }
     void *to = (void *)p->c.at;
-    return LT(cublasLtMatmul)(c->blas, plan->operation, &p->alpha, p->b.at, plan->a, p->a.at, plan->b, &beta, to,
-                          plan->c, to, plan->c, &plan->algorithm, c->workspace, WORKSPACE, stream_of(s));
+    return LT(cublasLtMatmul)(c->blas, plan->operation, &p->alpha, p->b.at, plan->a, p->a.at, plan->b, &beta,
+                              to, plan->c, to, plan->c, &plan->algorithm, c->workspace, WORKSPACE,
+                              stream_of(s));
 }
 
 /* Milliseconds that f() takes on the stream, the mean of a few times; INFINITY if it fails. */
@@ -577,16 +586,17 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
     for (size_t i = 0; i < (p->bias ? 4 : 3) && !failed; i++)
         failed = check(rank,
                        LT(cublasLtMatmulDescSetAttribute)(plan->operation, attributes[i].name,
-                                                      attributes[i].value, attributes[i].size),
+                                                          attributes[i].value, attributes[i].size),
                        "product");
     for (size_t i = 0; i < sizeof wishes / sizeof *wishes && !failed; i++)
         failed = check(
-            rank, LT(cublasLtMatmulPreferenceSetAttribute)(wish, wishes[i].name, wishes[i].value, wishes[i].size),
+            rank,
+            LT(cublasLtMatmulPreferenceSetAttribute)(wish, wishes[i].name, wishes[i].value, wishes[i].size),
             "preference");
     /* a status other than success says that there is none: count is 0 then */
     if (!failed &&
         LT(cublasLtMatmulAlgoGetHeuristic)(c->blas, plan->operation, plan->a, plan->b, plan->c, plan->c, wish,
-                                       MOST, found, &count) != CUBLAS_STATUS_SUCCESS)
+                                           MOST, found, &count) != CUBLAS_STATUS_SUCCESS)
         count = 0;
     cublasLtMatmulAlgo_t best;
     for (int i = 0; i < count && !failed; i++) {
@@ -1914,6 +1924,7 @@ static int open_streams(rt_rank *rank, cuda_state *c) {
                                                i == RT_COMMUNICATION ? greatest : least),
                   "cudaStreamCreate"))
             return -1;
+        rank->stream[i].device = cs->stream;
         for (size_t k = 0; k < EVENTS; k++)
             if (check(rank, cudaEventCreateWithFlags(&cs->event[k].event, cudaEventDisableTiming),
                       "cudaEventCreate"))
@@ -1931,13 +1942,16 @@ static int open_streams(rt_rank *rank, cuda_state *c) {
                : 0;
 }
 
-/* Rank r of the process computes on GPU r % count. Ranks on several GPUs of one process read each other's
+/* The r-th rank of this host computes on GPU r % count. Ranks on several GPUs of one process read each other's
  * memory in sum_buffers. */
 static int cuda_open(rt_rank *rank, error_text *e) {
     int count, runtime = 0;
     if (count_devices(&count, e)) return -1;
     if (!cublaslt_function("cublasLtCreate")) return error_set(e, "cuBLASLt cannot be loaded: %s", dlerror());
-    const int gpu = rank->rank % count;
+    if ((rank->world->flags & RT_ELSEWHERE) && rank->local_rank >= count)
+        return error_set(e, "rank %d: found %d CUDA devices, expected number %d", rank->rank, count,
+                         rank->local_rank);
+    const int gpu = rank->local_rank % count;
     cudaDeviceProp properties;
     cudaFuncAttributes attributes;
     cudaError_t error = cudaSetDevice(gpu);
@@ -1947,7 +1961,7 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     if (error != cudaSuccess)
         return error_set(e, "CUDA device %d: found %s (sm_%d%d), for which this program was not built: %s",
                          gpu, properties.name, properties.major, properties.minor, cudaGetErrorString(error));
-    for (int other = 0; other < count && other < rank->world->size; other++) {
+    for (int other = 0; other < count && other < rank->world->size && rank->world->size > 1; other++) {
         int can = 0;
         if (other == gpu) continue;
         if (cudaDeviceCanAccessPeer(&can, gpu, other) != cudaSuccess || !can)
@@ -1967,7 +1981,8 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     c->fp32_product = CUBLAS_COMPUTE_32F;
     cudaRuntimeGetVersion(&runtime);
     snprintf(c->description, sizeof c->description, "%s, sm_%d%d, CUDA %d.%d, cuBLASLt %zu", properties.name,
-             properties.major, properties.minor, runtime / 1000, runtime % 1000 / 10, LT(cublasLtGetVersion)());
+             properties.major, properties.minor, runtime / 1000, runtime % 1000 / 10,
+             LT(cublasLtGetVersion)());
     rank->device = c;
     rank->allocate = allocate;
     rank->release = release;

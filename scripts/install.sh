@@ -7,7 +7,8 @@ case "${1:-build}" in
 build) packages="gcc make libc6-dev libcjson-dev zlib1g-dev libopenblas-openmp-dev libstb-dev
                 libjpeg-dev" ;;
 test) packages="gcc make libc6-dev libcjson-dev zlib1g-dev libopenblas-openmp-dev libstb-dev
-                libjpeg-dev libcmocka-dev jq clang libclang-rt-14-dev clang-format" ;;
+                libjpeg-dev libcmocka-dev jq clang libclang-rt-14-dev clang-format libopenmpi-dev openmpi-bin
+                slurm-wlm munge" ;;
 *) echo "usage: $0 build|test" >&2; exit 2 ;;
 esac
 
@@ -30,3 +31,4 @@ else
     exit 1
 fi
 $root env DEBIAN_FRONTEND=noninteractive sh -c "$line" >/dev/null
+rm -f build/config.mk # what was found before

@@ -60,12 +60,21 @@ if [ -x "$nvcc" ] && try cublasLt.h "-I$cuda/include $libs -lcublasLt"; then
 else
     row CUDA "not found" "no --device cuda: it needs nvcc and cuBLASLt"
 fi
-found="not found"
-if try nccl.h "-I$cuda/include -L$cuda/lib64 -lnccl"; then found=found; fi
-row NCCL "$found" "--backend nccl is not built yet"
-found="not found"
-if command -v mpicc >/dev/null; then found=found; fi
-row MPI "$found" "--backend mpi is not built yet"
+if [ -x "$nvcc" ] && try nccl.h "-I$cuda/include $libs -lnccl"; then
+    row NCCL found "--backend nccl"
+    printf 'NCCL_CFLAGS := -DHAVE_NCCL -I%s\nNCCL_LIBS := -L%s -lnccl\n' "$cuda/include" "$cuda/lib64" >>"$output"
+else
+    row NCCL "not found" "no --backend nccl"
+fi
+mpi=$(mpicc -show 2>/dev/null | cut -d ' ' -f 2- || true) # of any MPI: what its compiler adds
+if [ -n "$mpi" ] && try mpi.h "$mpi"; then
+    row MPI found "--backend mpi"
+    printf 'MPI_CFLAGS := -DHAVE_MPI %s\nMPI_LIBS := %s\n' \
+        "$(echo "$mpi" | tr ' ' '\n' | grep '^-[ID]' | tr '\n' ' ')" \
+        "$(echo "$mpi" | tr ' ' '\n' | grep -v '^-[ID]' | tr '\n' ' ')" >>"$output"
+else
+    row MPI "not found" "no --backend mpi: it needs mpicc"
+fi
 
 if [ -n "$missing" ]; then
     echo "required libraries are missing; scripts/install.sh build installs them" >&2

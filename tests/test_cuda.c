@@ -227,7 +227,7 @@ int main(void) {
     };
     double unused, total;
     error_text e;
-    if (!vit_cuda.memory(1, &unused, &total, &e)) return cmocka_run_group_tests(tests, NULL, NULL);
+    if (!vit_cuda.memory(0, 1, &unused, &total, &e)) return cmocka_run_group_tests(tests, NULL, NULL);
     print_message("skipped: vit_cuda in 16 bits: %s\n", e.text);
     return cmocka_run_group_tests(skipped, NULL, NULL);
 }

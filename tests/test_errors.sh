@@ -114,7 +114,7 @@ usage "eval without a model" "eval: found no --checkpoint" eval
 for command in simulate plan; do
     usage "$command is of later" "$command is not built yet" $command
 done
-for option in "backend mpi" "backend nccl" trace "augmentation imagenet" \
+for option in "backend nccl" trace "augmentation imagenet" \
     "mixup 0.2" "deepspeed-config x" "cluster p5"; do
     # shellcheck disable=SC2086
     usage "--$option is of later" "--${option%%[ =]*}.* is not built yet" --$option
@@ -178,7 +178,7 @@ config "an unknown choice" "strategy: found 'dpp', .*did you mean (dp|ddp)" '{"s
 config "a number for a switch" "quiet: found a number, expected true or false" '{"quiet": 1}'
 config "two numbers of three" "mean: found" '{"mean": [1, 2]}'
 config "of later" "trace is not built yet" '{"trace": true}'
-config "a backend of later" "backend mpi is not built yet" '{"backend": "mpi"}'
+config "a choice of later" "augmentation imagenet is not built yet" '{"augmentation": "imagenet"}'
 config "another file" "found config, expected no further file" '{"config": "x"}'
 config "bytes that are no text" "found bytes that are not UTF-8" "$(printf '{"model": "\377"}')"
 config "unknown key of a run" "unknown option .?wings.?" '{"options": {"wings": 2}, "run": {}}'

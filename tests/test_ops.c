@@ -1573,7 +1573,7 @@ int main(void) {
     const struct CMUnitTest skipped[] = {cmocka_unit_test(no_device)};
     double unused, total;
     error_text e;
-    if (vit_cuda.memory(1, &unused, &total, &e)) {
+    if (vit_cuda.memory(0, 1, &unused, &total, &e)) {
         print_message("skipped: operations of vit_cuda: %s\n", e.text);
         return cmocka_run_group_tests(skipped, NULL, NULL);
     }

@@ -240,6 +240,7 @@ static void test_choices_and_constants_agree(void **state) {
         CASE("--gradient-reduction", gradient_reduction, "last", CHOICE_REDUCTION_LAST),
         CASE("--gradient-reduction", gradient_reduction, "every", CHOICE_REDUCTION_EVERY),
         CASE("--matmul", matmul, "auto", CHOICE_MATMUL_AUTO),
+        CASE("--backend", backend, "mpi", CHOICE_BACKEND_MPI),
         CASE("--matmul", matmul, "own", CHOICE_MATMUL_OWN),
         CASE("--matmul", matmul, "openblas", CHOICE_MATMUL_OPENBLAS),
         CASE("--precision", precision, "fp32", CHOICE_PRECISION_FP32),
@@ -263,7 +264,6 @@ static void test_choices_and_constants_agree(void **state) {
         int expected;
     } later[] = {
         {"augmentation", "imagenet", CHOICE_AUGMENTATION_IMAGENET},
-        {"backend", "mpi", CHOICE_BACKEND_MPI},
         {"backend", "nccl", CHOICE_BACKEND_NCCL},
     };
     for (size_t i = 0; i < COUNT(later); i++) {

@@ -1,0 +1,217 @@
+/* dist_nccl.c - the transport over NCCL (dist_nccl.h): what is posted goes to the rank's communication stream at
+ * once, one NCCL call a collective; the stream and its events (runtime.h) order it with the computation. NCCL's
+ * unique id travels over the rendezvous. A thread watches NCCL and the other processes: on a failure it aborts
+ * the communicator, so that kernels which wait for a lost rank end, and with them whoever waits for these. */
+#include "dist_nccl.h"
+#include "rendezvous.h"
+
+#include <nccl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    dist_hub hub; /* first: comm->shared */
+    dist_process head;
+    rendezvous *meeting;
+    int rank, size, speaks, watches;
+    ncclUniqueId id;
+    ncclComm_t comm; /* NULL: not open, or aborted; under world->lock while somebody watches */
+    void *registered;
+    rt_block token; /* of barriers [1] */
+    cudaEvent_t posted;
+    double last_post; /* when `posted` was recorded last; under world->lock */
+    int stop;         /* under world->lock */
+    pthread_t watcher;
+} dist_nccl;
+
+/* With the lock held. The first failure of the world aborts what runs; `speaks`: this process prints it. */
+static int fail(dist_nccl *n, int speaks, const char *why) {
+    rt_rank *rank = &n->hub.world->ranks[0];
+    if (!atomic_load(&rank->world->failed)) {
+        n->speaks = speaks;
+        rt_fail_with_table(rank, "%s", why);
+    }
+    if (n->comm) ncclCommAbort(n->comm);
+    n->comm = NULL;
+    return -1;
+}
+
+/* What NCCL has to say, and the last collective; with the lock held. */
+static const char *says(const dist_nccl *n, const char *what, error_text *why) {
+    const rt_note *last = &n->hub.world->ranks[0].last;
+    error_set(why, "rank %d%s after %s %llu (%s)", n->rank, what, last->op ? last->op : "no collective",
+              (unsigned long long)last->sequence, last->op ? last->unit : "-");
+    return why->text;
+}
+
+/* A call has been accepted, or is under way (the communicator does not block). -1: the world has failed. */
+static int settle(dist_nccl *n, ncclResult_t result) {
+    double deadline = rt_seconds() + n->meeting->timeout;
+    rt_world *w = n->hub.world;
+    error_text why, what;
+    for (;; poll(NULL, 0, 1)) {
+        pthread_mutex_lock(&w->lock);
+        if (result == ncclInProgress && n->comm) ncclCommGetAsyncError(n->comm, &result);
+        int late = rt_seconds() > deadline, wrong = result != ncclSuccess && result != ncclInProgress;
+        error_set(&what, ": NCCL: %s,", wrong ? ncclGetErrorString(result) : "no answer (--timeout)");
+        if (wrong || late) fail(n, 1, says(n, what.text, &why));
+        int failed = atomic_load(&w->failed);
+        pthread_mutex_unlock(&w->lock);
+        if (failed || result == ncclSuccess) return failed ? -1 : 0;
+    }
+}
+
+/* Looks ten times a second: has NCCL failed, has a process gone, does a collective take too long? */
+static void *watch(void *argument) {
+    dist_nccl *n = argument;
+    rt_world *w = n->hub.world;
+    for (int stop = 0; !stop; poll(NULL, 0, 100)) {
+        error_text why = {{0}}, what = {{0}};
+        int speaks = 1, gone = rendezvous_gone(n->meeting);
+        int told = gone >= 0 && rendezvous_told(n->meeting, gone, &why, &speaks);
+        pthread_mutex_lock(&w->lock);
+        ncclResult_t result = ncclSuccess;
+        if (n->comm) ncclCommGetAsyncError(n->comm, &result);
+        if (gone >= 0)
+            error_set(&what, " lost rank %d", gone);
+        else if (result != ncclSuccess && result != ncclInProgress)
+            error_set(&what, ": NCCL: %s,", ncclGetErrorString(result));
+        else if (n->comm && n->last_post > 0 && rt_seconds() - n->last_post > n->meeting->timeout &&
+                 cudaEventQuery(n->posted) == cudaErrorNotReady)
+            error_set(&what, ": no word from the others for %g s (--timeout)", n->meeting->timeout);
+        if (*what.text && !told) says(n, what.text, &why);
+        if (*why.text || atomic_load(&w->failed)) fail(n, speaks, why.text);
+        stop = n->stop || atomic_load(&w->failed);
+        pthread_mutex_unlock(&w->lock);
+    }
+    return NULL;
+}
+
+static const ncclDataType_t types[] = {
+    [RT_U8] = ncclUint8,  [RT_I32] = ncclInt32,     [RT_I64] = ncclInt64,  [RT_U64] = ncclUint64,
+    [RT_FP16] = ncclHalf, [RT_BF16] = ncclBfloat16, [RT_FP32] = ncclFloat, [RT_FP64] = ncclDouble};
+
+static ncclResult_t launch(const dist_nccl *n, const dist_call *c, cudaStream_t s) {
+    const void *in = c->in.data;
+    void *out = c->out.data;
+    const size_t count = dist_elements(c), share = count / (size_t)n->size;
+    const ncclDataType_t type = types[dist_type(c)];
+    switch (c->op) {
+    case DIST_ALL_REDUCE:
+    case DIST_CONTROL: return ncclAllReduce(in, out, count, type, ncclSum, n->comm, s);
+    case DIST_REDUCE_SCATTER: return ncclReduceScatter(in, out, share, type, ncclSum, n->comm, s);
+    case DIST_ALL_GATHER: return ncclAllGather(in, out, share, type, n->comm, s);
+    case DIST_BROADCAST:
+        return ncclBroadcast(in ? in : out, out ? out : (void *)in, count, type, c->peer, n->comm, s);
+    case DIST_REDUCE: return ncclReduce(in, out, count, type, ncclSum, c->peer, n->comm, s);
+    case DIST_SEND: return ncclSend(in, count, type, c->peer, n->comm, s);
+    case DIST_RECV: return ncclRecv(out, count, type, c->peer, n->comm, s);
+    default: return ncclAllReduce(n->token.data, n->token.data, 1, ncclInt64, ncclSum, n->comm, s);
+    }
+}
+
+static void post(dist_comm *comm, const dist_call *calls, size_t count) {
+    dist_nccl *n = comm->shared;
+    rt_rank *rank = comm->rank;
+    rt_stream *s = &rank->stream[calls[0].stream];
+    ncclResult_t result = ncclSuccess;
+    pthread_mutex_lock(&rank->world->lock);
+    rank->last = (rt_note){comm->name, dist_op_name(calls[0].op), calls[0].unit, comm->sequence++,
+                           dist_elements(&calls[0])};
+    if (n->comm) {
+        ncclGroupStart();
+        for (size_t i = 0; i < count && result == ncclSuccess; i++)
+            result = launch(n, &calls[i], (cudaStream_t)s->device);
+        ncclResult_t end = ncclGroupEnd();
+        if (result == ncclSuccess) result = end;
+    }
+    pthread_mutex_unlock(&rank->world->lock);
+    if (settle(n, result)) return;
+    for (size_t i = 0; i < count; i++)
+        if (calls[i].done) rt_record(rank, calls[i].stream, calls[i].done);
+    pthread_mutex_lock(&rank->world->lock);
+    cudaEventRecord(n->posted, (cudaStream_t)s->device);
+    n->last_post = rt_seconds();
+    pthread_mutex_unlock(&rank->world->lock);
+}
+
+/* The device is open, and the memory of the rank set aside. */
+static int open_communicator(dist_comm *comm) {
+    dist_nccl *n = comm->shared;
+    rt_rank *rank = comm->rank;
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    n->token = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, 1, 1);
+    if (rt_failed(rank) || cudaEventCreateWithFlags(&n->posted, cudaEventDisableTiming) != cudaSuccess)
+        return rt_fail(rank, "rank %d: cannot create an event", n->rank);
+    ncclResult_t result = ncclCommInitRankConfig(&n->comm, n->size, n->id, n->rank, &config);
+    n->watches = !pthread_create(&n->watcher, NULL, watch, n);
+    if (!n->watches) return rt_fail(rank, "rank %d: cannot start a thread", n->rank);
+    if (settle(n, result)) return -1;
+    if (!rank->arena) return 0;
+    return settle(n, ncclCommRegister(n->comm, rank->arena, rank->arena_size, &n->registered));
+}
+
+static void close_communicator(dist_comm *comm) {
+    dist_nccl *n = comm->shared;
+    rt_world *w = comm->rank->world;
+    pthread_mutex_lock(&w->lock);
+    n->stop = 1;
+    if (atomic_load(&w->failed)) fail(n, n->speaks, "");
+    pthread_mutex_unlock(&w->lock);
+    if (n->watches) pthread_join(n->watcher, NULL);
+    if (n->comm && n->registered) ncclCommDeregister(n->comm, n->registered);
+    if (n->comm) settle(n, ncclCommFinalize(n->comm));
+    if (n->comm) ncclCommDestroy(n->comm);
+    if (n->posted) cudaEventDestroy(n->posted);
+    n->comm = NULL, n->registered = NULL, n->posted = NULL, n->watches = 0;
+    rt_free(comm->rank, RT_COMMUNICATION_BUFFERS, &n->token);
+}
+
+static dist_nccl *of_process(dist_process *p) { return (dist_nccl *)((char *)p - offsetof(dist_nccl, head)); }
+
+static int nccl_agree(dist_process *p, int failed, error_text *e, char *shared, size_t size) {
+    return rendezvous_agree(of_process(p)->meeting, failed, e, shared, size);
+}
+
+static dist_hub *nccl_start(dist_process *p, rt_world *world, const vit_device *device, error_text *e) {
+    static const dist_transport transport = {"nccl", post, open_communicator, close_communicator};
+    dist_nccl *n = of_process(p);
+    (void)device;
+    n->hub = (dist_hub){&transport, world, n->size};
+    n->speaks = 1; /* of its own failures */
+    n->stop = 0, n->last_post = 0;
+    int failed = n->rank == 0 && ncclGetUniqueId(&n->id) != ncclSuccess;
+    if (failed) error_set(e, "NCCL: no unique id: %s", ncclGetLastError(NULL));
+    return rendezvous_agree(n->meeting, failed, e, (char *)&n->id, sizeof n->id) ? NULL : &n->hub;
+}
+
+/* Goodbye, or why this rank has failed. */
+static int nccl_stop(dist_process *p) {
+    dist_nccl *n = of_process(p);
+    rt_world *w = n->hub.world;
+    error_text why;
+    if (atomic_load(&w->failed))
+        rendezvous_tell(n->meeting, w->error.text, n->speaks);
+    else if (!rendezvous_end(n->meeting, &why, &n->speaks))
+        return 0;
+    else
+        rt_fail(&w->ranks[0], "%s", why.text);
+    return n->speaks;
+}
+
+static void nccl_close(dist_process *p) {
+    rendezvous_close(of_process(p)->meeting);
+    free(of_process(p));
+}
+
+dist_process *dist_nccl_open(const char *host, int port, int rank, int size, double timeout, error_text *e) {
+    dist_nccl *n = calloc(1, sizeof *n);
+    if (!n) return error_set(e, "out of memory"), NULL;
+    n->head = (dist_process){nccl_agree, nccl_start, nccl_stop, nccl_close};
+    n->rank = rank, n->size = size;
+    if ((n->meeting = rendezvous_open(host, port, rank, size, timeout, e))) return &n->head;
+    free(n);
+    return NULL;
+}

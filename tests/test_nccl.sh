@@ -1,0 +1,99 @@
+#!/bin/sh
+# dist_nccl.c over tests/fake_nccl.c, a second implementation of NCCL's interface: the numbers of the local
+# transport, processes that the program starts itself, failures. NCCL itself needs a GPU (make test-gpu).
+. tests/lib.sh
+fake=$build/plain/train_fake
+[ -x "$fake" ] || { skip "NCCL" "the program was built without it (nvcc, nccl.h)"; exit 0; }
+options="--max-steps 4 --batch-size 8 --gradient-accumulation-steps 2 --threads-per-rank 1 --quiet"
+
+# cuda NAME OPTIONS...: a run on devices; its exit status is in $status
+cuda() {
+    name=$1
+    shift
+    timeout 60 "$fake" --device cuda --timeout 20 "$@" --output-dir "$work/$name" >"$work/$name.log" 2>&1
+    status=$?
+}
+
+for n in 2 3; do
+    for strategy in dp ddp zero1 zero2 zero3; do
+        # shellcheck disable=SC2086
+        cuda nccl --nproc-per-node $n --strategy $strategy $options
+        # shellcheck disable=SC2086
+        "$train" --nproc-per-node $n --strategy $strategy $options --output-dir "$work/local" >/dev/null 2>&1
+        wrong=""
+        for file in model optimizer; do
+            file=checkpoints/step-00000004/$file.safetensors
+            cmp -s "$work/nccl/$file" "$work/local/$file" || wrong="$file differs from the local transport's"
+        done
+        grep -q '"backend":[[:space:]]*"nccl"' "$work/nccl/config.json" || wrong="it was not over NCCL"
+        verdict "$strategy on $n processes" "$wrong"
+        rm -rf "$work/nccl" "$work/local"
+    done
+done
+# shellcheck disable=SC2086
+cuda half --nproc-per-node 2 --strategy zero3 --precision bf16 $options
+# shellcheck disable=SC2086
+"$train" --nproc-per-node 2 --strategy zero3 --precision bf16 $options --output-dir "$work/half-local" \
+    >/dev/null 2>&1
+verdict "zero3 in bf16" "$(cmp "$work/half/checkpoints/step-00000004/model.safetensors" \
+    "$work/half-local/checkpoints/step-00000004/model.safetensors" 2>&1)"
+
+export NCCL_DEBUG=WARN NCCL_SOCKET_IFNAME=lo
+# shellcheck disable=SC2086
+cuda settings --nproc-per-node 2 $options
+verdict "NCCL's settings are recorded" "$(jq -r '.run.NCCL_DEBUG + " " + .run.NCCL_SOCKET_IFNAME' \
+    "$work/settings/config.json" | grep -vx "WARN lo")"
+
+# one_error NAME PATTERN: exit status 1, and one line of an error, which matches
+one_error() {
+    wrong=""
+    grep -q "^train: error: .*$2" "$work/$1.log" || wrong="found no error with '$2': $(tail -1 "$work/$1.log")"
+    [ "$(grep -c "^train: error: " "$work/$1.log")" = 1 ] || wrong="found not one error line: $(cat "$work/$1.log")"
+    [ "$status" = 1 ] || wrong="exit status $status, expected 1"
+    verdict "$1" "$wrong"
+}
+FAKE_NCCL_FAIL=1:7 cuda asynchronous --nproc-per-node 3 --epochs 1000 --quiet
+one_error asynchronous "rank 1: NCCL: a remote process has failed (fake), after [a-z_]* [0-9]* ("
+FAKE_CUDA_DEVICES=2 cuda devices --nproc-per-node 3
+one_error devices "found 2 CUDA devices, .*--backend local"
+cuda data --nproc-per-node 2 --data-path /nowhere
+one_error data "/nowhere"
+
+"$fake" --device cuda --nproc-per-node 3 --epochs 1000 --quiet --timeout 20 --output-dir "$work/killed" \
+    >"$work/killed.log" 2>&1 &
+job=$!
+for _ in $(seq 100); do
+    grep -q '"event":"step"' "$work/killed/metrics.jsonl" 2>/dev/null && break
+    sleep 0.1
+done
+begin=$(date +%s)
+for child in $(cat /proc/$job/task/$job/children); do
+    tr '\0' '\n' <"/proc/$child/environ" | grep -qx RANK=1 && kill -9 "$child"
+done
+wait $job
+status=$?
+one_error killed "lost rank 1 after [a-z_]* [0-9]* ("
+verdict "killed: at once" "$([ $(($(date +%s) - begin)) -le 5 ] || echo "it took longer than 5 s")"
+
+"$fake" --device cuda --nproc-per-node 2 --epochs 1000 --quiet --output-dir "$work/stopped" >/dev/null 2>&1 &
+job=$!
+for _ in $(seq 100); do
+    grep -q '"event":"step"' "$work/stopped/metrics.jsonl" 2>/dev/null && break
+    sleep 0.1
+done
+kill -TERM $job
+wait $job
+status=$?
+wrong=""
+[ "$status" = 130 ] || wrong="exit status $status, expected 130"
+[ -s "$work/stopped/checkpoints/latest" ] || wrong="found no checkpoint"
+verdict "SIGTERM to the program that has started the ranks" "$wrong"
+
+# The same starter over TCP, on the CPU
+# shellcheck disable=SC2086
+"$train" --backend tcp --nproc-per-node 3 --strategy zero2 $options --output-dir "$work/tcp" >/dev/null 2>&1
+# shellcheck disable=SC2086
+"$train" --nproc-per-node 3 --strategy zero2 $options --output-dir "$work/threads" >/dev/null 2>&1
+verdict "--backend tcp --nproc-per-node 3" "$(cmp "$work/tcp/checkpoints/step-00000004/model.safetensors" \
+    "$work/threads/checkpoints/step-00000004/model.safetensors" 2>&1)"
+exit $failed
