@@ -83,8 +83,8 @@ typedef struct {
     int gpu;
     char description[320];
     cuda_stream stream[RT_STREAMS]; /* none for the host */
-    unsigned capturing, captures; /* the number of the capture under way, 0: none; made so far */
-    cuda_event replayed;          /* the graph that was launched last */
+    unsigned capturing, captures;   /* the number of the capture under way, 0: none; made so far */
+    cuda_event replayed;            /* the graph that was launched last */
     cublasLtHandle_t blas;
     cublasComputeType_t fp32_product;
     void *workspace; /* of the matrix product [WORKSPACE] */
@@ -621,10 +621,11 @@ static matmul_plan *plan_of(rt_stream *s, const product *p, int *is_new) {
     for (size_t i = 0; i < c->plans; i++)
         if (!memcmp(&c->plan[i].key, &key, sizeof key)) return &c->plan[i];
     if (c->capturing) {
-        rt_fail(s->rank,
-                "rank %d: found a new product, %zu x %zu x %zu, while a CUDA graph is captured, expected those "
-                "of the step before",
-                s->rank->rank, p->M, p->N, p->K);
+        rt_fail(
+            s->rank,
+            "rank %d: found a new product, %zu x %zu x %zu, while a CUDA graph is captured, expected those "
+            "of the step before",
+            s->rank->rank, p->M, p->N, p->K);
         return NULL;
     }
     if (c->plans == c->plans_room) {
