@@ -114,7 +114,7 @@ usage "eval without a model" "eval: found no --checkpoint" eval
 for command in simulate plan; do
     usage "$command is of later" "$command is not built yet" $command
 done
-for option in "backend nccl" trace "augmentation imagenet" \
+for option in trace "augmentation imagenet" \
     "mixup 0.2" "deepspeed-config x" "cluster p5"; do
     # shellcheck disable=SC2086
     usage "--$option is of later" "--${option%%[ =]*}.* is not built yet" --$option
