@@ -161,6 +161,7 @@ typedef struct dist_options {
     double layer_decay; /* unit u learns at layer_decay^(units - 1 - u) times the rate; 0 and 1: all alike */
     const vit_device *offload; /* vit_cpu: optimizer state and master weights lie in host memory, and the
                                 * update runs there; NULL: all on the device */
+    int graphs;                /* of one rank, where the device can: a step is recorded once and replayed */
     int inference;             /* dist_forward alone: no gradients, no optimizer state, no micro-batches */
     size_t counts;             /* dist_sum will be asked for so many numbers at most */
 } dist_options;
@@ -230,6 +231,13 @@ typedef struct dist_outcome {
     dist_result result;
 } dist_outcome;
 
+/* A part of a step, of a micro-batch or the update, as the device has recorded it. */
+typedef struct dist_graph {
+    void *recorded; /* NULL: not yet */
+    int runs;       /* before that */
+    dist_traffic traffic[DIST_OPS];
+} dist_graph;
+
 typedef struct dist {
     dist_comm *comm;
     rt_rank *rank;
@@ -261,6 +269,8 @@ typedef struct dist {
     size_t micro;                          /* micro-batch of the step, from 0 */
     int stop_requested;                    /* by this rank */
     dist_outcome outcome[2];               /* of the last two steps, in turn */
+    dist_graph *graph;                     /* with graphs: [accumulation + 1] */
+    int recording;                         /* one of them */
     size_t ended, known;                   /* steps that have ended; whose result has been read */
 
     rt_event stepped;  /* the parameters have changed: a step, or an import */
@@ -327,9 +337,9 @@ void dist_import_state(dist *d, size_t u, int i, const float *values);
 void dist_export_state(dist *d, size_t u, int i, float *values);
 
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
- * float, labels [B], keys [B] of the samples' own randomness. A step whose gradient norm is not finite updates
- * nothing; in fp32 and bf16 neither does any later one, until dist_forward has looked for the unit, so that
- * what the host reads a step late can still be explained.
+ * float, labels [B], keys [B] of the samples' own randomness. A step whose gradient norm is not finite
+ * updates nothing; in fp32 and bf16 neither does any later one, until dist_forward has looked for the unit,
+ * so that what the host reads a step late can still be explained.
  *
  * With a result the host waits for the step. Without one (NULL) it runs on, and dist_read_result gives the
  * result of the earliest step that has not been read, and waits for that step alone; at most two may be
@@ -1342,6 +1352,16 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     d->params_cut = d->grads_cut = 1;
     if (options->inference) d->first_trained = n;
     while (d->first_trained < n && model->unit[d->first_trained].trainable == 0) d->first_trained++;
+    if (options->graphs && !d->device->capture)
+        return error_set(e, "device %s cannot record a step, expected cuda", d->device->name);
+    if (options->graphs && (comm->size > 1 || options->offload))
+        return error_set(
+            e,
+            "a step that is to be recorded: found %d rank%s%s, expected one, and its optimizer on "
+            "the device",
+            comm->size, comm->size > 1 ? "s" : "", options->offload ? " with offload" : "");
+    if (options->graphs && !(d->graph = calloc(options->accumulation + 1, sizeof *d->graph)))
+        return rt_fail(rank, "rank %d: out of memory", rank->rank);
     if (d->strategy->open(d, e)) return -1;
     for (size_t u = 0; u < n; u++) {
         dist_shard *s = &d->shard[u];
@@ -1391,6 +1411,9 @@ void dist_close(dist *d) {
         rt_free(d->rank, RT_HOST_MEMORY, &s->host_grad);
     }
     rt_free(d->rank, RT_HOST_MEMORY, &d->host_scalars);
+    for (size_t k = 0; d->graph && k <= d->options.accumulation; k++)
+        if (d->graph[k].recorded) d->device->forget(d->rank, d->graph[k].recorded);
+    free(d->graph);
     rt_category slots = dist__reduces_in_slots(d) ? RT_COMMUNICATION_BUFFERS : RT_GRADIENTS;
     for (int i = 0; i < 2; i++) rt_free(d->rank, slots, &d->gradient_slot[i].block);
     rt_free(d->rank, RT_COMMUNICATION_BUFFERS, &d->gathered);
@@ -1595,6 +1618,43 @@ static void dist__backward_unit(dist *d, size_t u) {
     d->strategy->post_backward(d, u);
 }
 
+/* Part k of a step begins. With graphs it runs as it is the first time, when the device still chooses and
+ * allocates, is recorded the second time, and replayed from then on; what hooks and events leave behind is
+ * the same after every step. 1: it has been replayed, and is over. */
+static int dist__replayed(dist *d, size_t k) {
+    dist_graph *g = d->graph ? &d->graph[k] : NULL;
+    if (!g || rt_failed(d->rank)) return 0;
+    if (g->recorded) {
+        d->device->replay(d->rank, g->recorded);
+        for (int op = 0; op < DIST_OPS; op++) {
+            d->comm->traffic[op].calls += g->traffic[op].calls;
+            d->comm->traffic[op].elements += g->traffic[op].elements;
+            d->comm->traffic[op].wire_bytes += g->traffic[op].wire_bytes;
+        }
+        return 1;
+    }
+    if (!g->runs++) return 0;
+    d->recording = 1;
+    memcpy(g->traffic, d->comm->traffic, sizeof g->traffic);
+    d->device->capture(d->rank);
+    return 0;
+}
+
+/* Part k has been launched; if that was to record it, it runs now. */
+static void dist__launched(dist *d, size_t k) {
+    dist_graph *g = &d->graph[k];
+    if (!d->recording) return;
+    d->recording = 0;
+    g->recorded = d->device->captured(d->rank);
+    if (!g->recorded) return;
+    for (int op = 0; op < DIST_OPS; op++) {
+        const dist_traffic *now = &d->comm->traffic[op], before = g->traffic[op];
+        g->traffic[op] = (dist_traffic){now->calls - before.calls, now->elements - before.elements,
+                                        now->wire_bytes - before.wire_bytes};
+    }
+    d->device->replay(d->rank, g->recorded);
+}
+
 void dist_begin_step(dist *d, size_t t, double learning_rate) {
     const vit_adamw_options *o = &d->options.adamw;
     t -= (size_t)d->scaler.skipped; /* AdamW counts its updates */
@@ -1604,6 +1664,7 @@ void dist_begin_step(dist *d, size_t t, double learning_rate) {
                                    [VIT_LOSS_SCALE] = d->model->type == RT_FP16 ? d->scaler.scale : 1};
     vit_copy_in(&d->context, d->scalars, scalars);
     /* the counter of what is not finite stays, but in fp16, where an overflow is no failure */
+    if (d->graph) d->next_slot = 0; /* the same slots in every step */
     size_t cleared = d->model->type == RT_FP16 ? d->control.count : DIST__NORM + VIT_NORM_NOT_FINITE;
     vit_fill(&d->context, rt_slice(d->control, 0, cleared), 0);
 }
@@ -1615,9 +1676,11 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
     d->micro = micro;
     d->context.training = 1;
     dist__load_batch(d, images, labels, keys);
+    if (dist__replayed(d, micro)) return;
     for (size_t u = 0; u < d->model->units; u++) dist__forward_unit(d, u);
     vit_loss_accumulate(&d->context, rt_slice(d->control, DIST__LOSS, 2));
     for (size_t u = d->model->units; u-- > d->first_trained;) dist__backward_unit(d, u);
+    dist__launched(d, micro);
 }
 
 /* Waits for what a step came to. The copy stream does not wait for later steps. */
@@ -1645,7 +1708,10 @@ void dist_end_step(dist *d, dist_result *result) {
         rt_fail(d->rank, "rank %d: found two steps whose results have not been read, expected one at most",
                 d->rank->rank);
     vit_copy_in(&d->context, rt_slice(d->control, DIST__STOP, 1), &stop);
-    d->strategy->step(d);
+    if (!dist__replayed(d, d->options.accumulation)) {
+        d->strategy->step(d);
+        dist__launched(d, d->options.accumulation);
+    }
     dist__wait(d->comm, RT_COMPUTE, &o->read);
     vit_cast(&d->context, o->scalars, d->scalars);
     vit_cast(&d->context, o->loss, rt_slice(d->control, DIST__LOSS, DIST__NORM - DIST__LOSS));

@@ -403,6 +403,7 @@ static dist_options distribution(const run *r) {
                           .sgd = {o->momentum, o->weight_decay},
                           .gradient_clipping = o->gradient_clipping,
                           .layer_decay = o->layer_decay,
+                          .graphs = o->cuda_graphs && r->command == COMMAND_TRAIN,
                           .offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER ? &vit_cpu : NULL,
                           .inference = r->command != COMMAND_TRAIN,
                           .counts = counts > totals ? counts : totals};
@@ -418,7 +419,15 @@ static int prepare_device(run *r, error_text *e) {
                          fp32                                    ? "device cpu"
                          : o->precision == CHOICE_PRECISION_BF16 ? "precision bf16"
                                                                  : "precision fp16");
-    if (o->offload == CHOICE_OFFLOAD_OPTIMIZER && o->device == CHOICE_DEVICE_CPU)
+    int offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER;
+    if (o->cuda_graphs && (o->device == CHOICE_DEVICE_CPU || o->nproc_per_node > 1 || offload))
+        return error_set(
+            e,
+            "--cuda-graphs: found --device %s, %zu rank%s and --offload %s, expected cuda, 1 rank and "
+            "none",
+            o->device == CHOICE_DEVICE_CPU ? "cpu" : "cuda", o->nproc_per_node,
+            o->nproc_per_node > 1 ? "s" : "", offload ? "optimizer" : "none");
+    if (offload && o->device == CHOICE_DEVICE_CPU)
         return error_set(e, "--offload optimizer: found --device cpu, whose optimizer runs in host memory "
                             "already; expected cuda");
     if (o->device == CHOICE_DEVICE_CPU) return 0;
@@ -1084,7 +1093,7 @@ static void report_card(const trainer *t, const int64_t *all, size_t length) {
         for (int c = 0; c < RT_HOST_MEMORY; c++) ledger += (double)all[length * (size_t)k + 2 * (size_t)c];
     fprintf(stderr, "%-16s %14.0f\n%-16s %14.0f\n%-16s %14.0f  %s\n", "GPU, in use", total - unused,
             r->process ? "ledger" : "ledger, all ranks", ledger, "difference", total - unused - ledger,
-            "context, kernels, cuBLASLt's workspace, scratch, other programs");
+            "context, kernels, NCCL, cuBLASLt's workspace, scratch, other programs");
 }
 
 /* One `memory` line a rank and one `communication` line a rank and operation. */

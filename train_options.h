@@ -64,7 +64,7 @@ typedef struct {
     int strategy, device, backend, gradient_reduction, matmul, precision, reduce_dtype, offload;
     size_t nproc_per_node, rendezvous_port, prefetch, activation_checkpointing, threads_per_rank;
     double timeout, bucket_size_mb;
-    bool reshard_after_forward, print_schedule, tf32, deterministic;
+    bool reshard_after_forward, print_schedule, tf32, deterministic, cuda_graphs;
     option_text deepspeed_config;
 
     /* simulation */
@@ -234,6 +234,8 @@ static const option train_option_list[] = {
      .help = "GPU: products take cuBLASLt's first algorithm, not the fastest, so that runs agree in every bit"},
     {"distribution", "reduce-dtype", OPTION_CHOICE, FIELD(reduce_dtype), .of_training = true, .note = "the precision",
      .choices = "fp32|bf16|fp16", .help = "numbers in which ranks add their gradients"},
+    {"distribution", "cuda-graphs", OPTION_SWITCH, FIELD(cuda_graphs), .preset = "false",
+     .help = "GPU, one rank: record a step once, and launch it as a whole from then on"},
     {"distribution", "offload", OPTION_CHOICE, FIELD(offload), .preset = "none", .choices = "none|optimizer",
      .help = "GPU: keep optimizer state and master weights in host memory, and update there"},
     {"distribution", "deepspeed-config", OPTION_TEXT, FIELD(deepspeed_config), .value_name = "FILE",

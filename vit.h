@@ -205,6 +205,15 @@ typedef struct vit_device {
     /* Sets aside, at once, the memory that rt_alloc will hand out from now on: that of this ledger (from
      * dist_estimate). -1: there is not so much. */
     int (*reserve)(rt_rank *rank, const rt_ledger *ledger, error_text *e);
+
+    /* Only of devices that can record what is launched, else NULL. Between capture and captured the
+     * operations on the compute and the communication stream are not run but become a graph, which replay
+     * runs, any number of times, on the same blocks. No copy from or to the host may be among them, and none
+     * of a new shape. captured: NULL and a failed world if that cannot be had. */
+    void (*capture)(rt_rank *rank);
+    void *(*captured)(rt_rank *rank);
+    void (*replay)(rt_rank *rank, void *graph);
+    void (*forget)(rt_rank *rank, void *graph);
 } vit_device;
 
 #define VIT_LOSS_UNIT 0x1p-36 /* losses are summed over samples and ranks as integers of this unit */

@@ -15,7 +15,7 @@
  * the last bits, is the one that was fastest when its shape first came, unless vit_cuda_products asks for the
  * first that works.
  *
- * What it leaves out: cuBLASLt's GELU epilogues, which are the tanh form; CUDA graphs; fp64.
+ * What it leaves out: cuBLASLt's GELU epilogues, which are the tanh form; graphs of several ranks; fp64.
  */
 #include <atomic>
 #include <dlfcn.h>
@@ -68,8 +68,13 @@ static void *cublaslt_function(const char *name) {
  * stands for a later point of the same stream, which lies in the past of the waiting call, too: who waits for
  * it waits for more than need be, and never for what comes later. */
 typedef struct {
+    cudaEvent_t event;
+    unsigned capture; /* in which it was recorded last, 0: in none */
+} cuda_event;
+
+typedef struct {
     cudaStream_t stream;
-    cudaEvent_t event[EVENTS];
+    cuda_event event[EVENTS];
     std::atomic<unsigned> next;
 } cuda_stream;
 
@@ -79,6 +84,8 @@ typedef struct {
     int gpu;
     char description[320];
     cuda_stream stream[RT_STREAMS]; /* none for the host */
+    unsigned capturing, captures;   /* the number of the capture under way, 0: none; made so far */
+    cuda_event replayed;            /* the graph that was launched last */
     cublasLtHandle_t blas;
     cublasComputeType_t fp32_product;
     int first_algorithm; /* products take the first that works, and not the fastest */
@@ -225,6 +232,13 @@ static int cuda_reserve(rt_rank *rank, const rt_ledger *ledger, error_text *e) {
 static void *scratch(rt_stream *s, size_t bytes) {
     cuda_state *c = state_of(s);
     if (bytes <= c->scratch_size) return c->scratch;
+    if (c->captures) {
+        rt_fail(s->rank,
+                "rank %d: found an operation with %zu bytes of scratch, expected at most the %zu that a CUDA "
+                "graph holds on to",
+                s->rank->rank, bytes, c->scratch_size);
+        return NULL;
+    }
     if (c->scratch) check(s->rank, cudaFreeAsync(c->scratch, stream_of(s)), "cudaFreeAsync");
     c->scratch_size = 0;
     c->scratch = NULL;
@@ -276,19 +290,71 @@ static void record_event(rt_stream *s, rt_event *event) {
     cuda_stream *cs = &state_of(s)->stream[s - s->rank->stream];
     event->device = NULL;
     if (!cs->stream) return; /* the host's */
-    cudaEvent_t e = cs->event[cs->next.fetch_add(1) % EVENTS];
-    check(s->rank, cudaEventRecord(e, cs->stream), "cudaEventRecord");
+    cuda_event *e = &cs->event[cs->next.fetch_add(1) % EVENTS];
+    check(s->rank, cudaEventRecord(e->event, cs->stream), "cudaEventRecord");
+    e->capture = state_of(s)->capturing;
     event->device = e;
 }
 
+/* No wait may cross the border of a capture (cudaErrorStreamCaptureIsolation, cudaErrorCapturedEvent), and
+ * none need: what came before a graph is joined where the graph begins, and what was recorded in one has
+ * happened when that graph has run. */
 static void wait_for_event(rt_stream *s, rt_event *event) {
-    cudaEvent_t e = (cudaEvent_t)event->device;
+    cuda_state *c = state_of(s);
+    cuda_event *e = (cuda_event *)event->device;
     cudaStream_t stream = stream_of(s);
-    if (!e) return;
+    if (!e || (c->capturing && e->capture != c->capturing)) return;
+    if (e->capture != c->capturing) e = &c->replayed;
     if (stream)
-        check(s->rank, cudaStreamWaitEvent(stream, e, 0), "cudaStreamWaitEvent");
+        check(s->rank, cudaStreamWaitEvent(stream, e->event, 0), "cudaStreamWaitEvent");
     else
-        check(s->rank, cudaEventSynchronize(e), "cudaEventSynchronize");
+        check(s->rank, cudaEventSynchronize(e->event), "cudaEventSynchronize");
+}
+
+/* What comes later on `stream` comes after all that the other stream holds now. */
+static void join(rt_rank *rank, int stream, int other) {
+    rt_event end = {};
+    record_event(&rank->stream[other], &end);
+    wait_for_event(&rank->stream[stream], &end);
+}
+
+/* Of the streams the copy stream alone takes no part in graphs. */
+static void capture(rt_rank *rank) {
+    cuda_state *c = (cuda_state *)rank->device;
+    join(rank, RT_COMPUTE, RT_COMMUNICATION);
+    check(rank, cudaStreamBeginCapture(c->stream[RT_COMPUTE].stream, cudaStreamCaptureModeThreadLocal),
+          "cudaStreamBeginCapture");
+    c->capturing = ++c->captures;
+    join(rank, RT_COMMUNICATION, RT_COMPUTE);
+}
+
+static void *captured(rt_rank *rank) {
+    cuda_state *c = (cuda_state *)rank->device;
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t executable = NULL;
+    join(rank, RT_COMPUTE, RT_COMMUNICATION);
+    check(rank, cudaStreamEndCapture(c->stream[RT_COMPUTE].stream, &graph), "cudaStreamEndCapture");
+    c->capturing = 0;
+    if (!graph) return NULL;
+    if (check(rank, cudaGraphInstantiateWithFlags(&executable, graph, 0), "cudaGraphInstantiate"))
+        executable = NULL;
+    cudaGraphDestroy(graph);
+    return executable;
+}
+
+static void replay(rt_rank *rank, void *graph) {
+    cuda_state *c = (cuda_state *)rank->device;
+    cudaStream_t stream = c->stream[RT_COMPUTE].stream;
+    join(rank, RT_COMPUTE, RT_COMMUNICATION);
+    check(rank, cudaGraphLaunch((cudaGraphExec_t)graph, stream), "cudaGraphLaunch");
+    check(rank, cudaEventRecord(c->replayed.event, stream), "cudaEventRecord");
+    join(rank, RT_COMMUNICATION, RT_COMPUTE);
+}
+
+static void forget(rt_rank *rank, void *graph) {
+    cuda_state *c = (cuda_state *)rank->device;
+    check(rank, cudaStreamSynchronize(c->stream[RT_COMPUTE].stream), "cudaStreamSynchronize");
+    check(rank, cudaGraphExecDestroy((cudaGraphExec_t)graph), "cudaGraphExecDestroy");
 }
 
 static const char *cuda_description(const rt_rank *rank) {
@@ -557,6 +623,14 @@ static matmul_plan *plan_of(rt_stream *s, const product *p, int *is_new) {
     *is_new = 0;
     for (size_t i = 0; i < c->plans; i++)
         if (!memcmp(&c->plan[i].key, &key, sizeof key)) return &c->plan[i];
+    if (c->capturing) {
+        rt_fail(
+            s->rank,
+            "rank %d: found a new product, %zu x %zu x %zu, while a CUDA graph is captured, expected those "
+            "of the step before",
+            s->rank->rank, p->M, p->N, p->K);
+        return NULL;
+    }
     if (c->plans == c->plans_room) {
         size_t room = c->plans_room ? 2 * c->plans_room : 64;
         matmul_plan *larger = (matmul_plan *)realloc(c->plan, room * sizeof *larger);
@@ -1831,9 +1905,10 @@ static void cuda_close(rt_rank *rank) {
         if (c->stage[i].memory) cudaFreeHost(c->stage[i].memory);
         if (c->stage[i].copied) cudaEventDestroy(c->stage[i].copied);
     }
+    if (c->replayed.event) cudaEventDestroy(c->replayed.event);
     for (int i = 0; i < RT_STREAMS; i++) {
         for (size_t k = 0; k < EVENTS; k++)
-            if (c->stream[i].event[k]) cudaEventDestroy(c->stream[i].event[k]);
+            if (c->stream[i].event[k].event) cudaEventDestroy(c->stream[i].event[k].event);
         if (c->stream[i].stream) cudaStreamDestroy(c->stream[i].stream);
     }
     free(c);
@@ -1855,7 +1930,7 @@ static int open_streams(rt_rank *rank, cuda_state *c) {
             return -1;
         rank->stream[i].device = cs->stream;
         for (size_t k = 0; k < EVENTS; k++)
-            if (check(rank, cudaEventCreateWithFlags(&cs->event[k], cudaEventDisableTiming),
+            if (check(rank, cudaEventCreateWithFlags(&cs->event[k].event, cudaEventDisableTiming),
                       "cudaEventCreate"))
                 return -1;
     }
@@ -1863,7 +1938,9 @@ static int open_streams(rt_rank *rank, cuda_state *c) {
         if (check(rank, cudaEventCreateWithFlags(&c->stage[i].copied, cudaEventDisableTiming),
                   "cudaEventCreate"))
             return -1;
-    return check(rank, cudaMalloc(&c->workspace, WORKSPACE), "cuBLASLt's workspace") ||
+    return check(rank, cudaEventCreateWithFlags(&c->replayed.event, cudaEventDisableTiming),
+                 "cudaEventCreate") ||
+                   check(rank, cudaMalloc(&c->workspace, WORKSPACE), "cuBLASLt's workspace") ||
                    check(rank, LT(cublasLtCreate)(&c->blas), "cublasLtCreate")
                ? -1
                : 0;
@@ -1949,4 +2026,5 @@ extern "C" const vit_device vit_cuda = {
     .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
     .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve,
+    .capture = capture, .captured = captured, .replay = replay, .forget = forget,
 };

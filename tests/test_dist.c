@@ -4,6 +4,7 @@
  * (every bit) and with one rank on the whole batch, the buckets with PyTorch's rule. The schedule has a test
  * of its own (test_schedule.c), and so has the ledger (test_memory.c). */
 #include "tests/world.h"
+#include "tests/recording_device.h"
 
 /* ----------------------------------------------------------------------------------------------- equality */
 
@@ -230,6 +231,53 @@ static void an_offloaded_optimizer_gives_the_same_bits(void **state) {
                 training_free(t[0]);
                 training_free(t[1]);
             }
+}
+
+/* A step that is replayed does what it did, in every strategy, with evaluations in between. */
+static void a_recorded_step_gives_the_same_bits(void **state) {
+    const vit_device device = recording_device();
+    (void)state;
+    for (size_t M = 1; M <= 2; M++)
+        for (size_t k = 0; k < VARIANTS; k++)
+            for (int fp16 = 0; fp16 <= 1; fp16++) {
+                training *t[2];
+                recorded_replays = 0;
+                for (int graphs = 0; graphs < 2; graphs++) {
+                    t[graphs] = variant_of(k, 1, 2, M, DIST_REDUCE_EVERY);
+                    t[graphs]->steps = 6;
+                    t[graphs]->type = fp16 ? RT_FP16 : RT_FP32;
+                    t[graphs]->optimizer = k % 2 ? DIST_SGD : DIST_ADAMW;
+                    t[graphs]->evaluate = t[graphs]->late = 1;
+                    t[graphs]->device = graphs ? &device : NULL;
+                    t[graphs]->graphs = graphs;
+                    trained(t[graphs]);
+                }
+                assert_same_bits(t[0], t[1]);
+                assert_memory_equal(t[0]->traffic, t[1]->traffic, sizeof t[0]->traffic);
+                assert_int_equal(recorded_replays, (t[0]->steps - 1) * (M + 1));
+                training_free(t[0]);
+                training_free(t[1]);
+            }
+}
+
+static void recording_is_refused(const vit_device *device, int ranks, int offload, const char *why) {
+    training *t = training_of("ddp", ranks, 2, 1, 0);
+    t->device = device;
+    t->graphs = 1;
+    t->offload = offload;
+    train_world(t, &odd_config);
+    assert_true(t->failed);
+    assert_non_null(strstr(t->error.text, why));
+    training_free(t);
+}
+
+static void what_cannot_be_recorded_is_an_error(void **state) {
+    const vit_device device = recording_device();
+    (void)state;
+    recording_is_refused(NULL, 1, 0, "device cpu cannot record a step");
+    recording_is_refused(&device, 2, 0, "found 2 ranks, expected one");
+    recording_is_refused(&device, 1, 1,
+                         "found 1 rank with offload, expected one, and its optimizer on the device");
 }
 
 static void sgd_agrees_too(void **state) {
@@ -609,6 +657,8 @@ int main(void) {
         cmocka_unit_test(an_overflow_skips_the_step),
         cmocka_unit_test(the_loss_scale_follows_deepspeed),
         cmocka_unit_test(sgd_agrees_too),
+        cmocka_unit_test(a_recorded_step_gives_the_same_bits),
+        cmocka_unit_test(what_cannot_be_recorded_is_an_error),
         cmocka_unit_test(an_offloaded_optimizer_gives_the_same_bits),
         cmocka_unit_test(evaluation_between_steps_changes_nothing),
         cmocka_unit_test(results_may_be_read_a_step_late),

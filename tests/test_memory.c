@@ -54,8 +54,8 @@ static size_t activation_bytes(const vit_model *m, size_t B, size_t N) {
 }
 
 /* Scratch of the neediest unit, a block (norm, hidden, three of the stream, the widest gradient) or the
- * embedding (patches, their projection), and six doubles of a step: rate, two corrections, loss scale, factor, norm;
- * twice these doubles, the loss, bad losses and stop flag of a step that is over. */
+ * embedding (patches, their projection), and six doubles of a step: rate, two corrections, loss scale, factor,
+ * norm. Of each of two steps that are over: these, the loss, bad losses and the stop flag. */
 static size_t workspace_bytes(const vit_model *m, size_t B) {
     size_t rows = B * m->T, D = m->D, wide = m->F > 3 * D ? m->F : 3 * D;
     size_t block = 4 * part(rows * D) + part(rows * m->F) + part(rows * wide);

@@ -143,6 +143,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "reduce-dtype",
                            "tf32",
                            "deterministic",
+                           "cuda-graphs",
                            "offload",
                            "threads-per-rank",
                            "output-dir",

@@ -39,6 +39,8 @@ typedef struct {
     dist_optimizer optimizer;
     size_t prefetch, checkpoint_every;
     int keep_after_forward;
+    const vit_device *device;       /* NULL: vit_cpu */
+    int graphs;                     /* a step is recorded and replayed */
     int offload;                    /* the optimizer in host memory */
     int evaluate;                   /* after every step: a forward pass and a sum over the ranks */
     int late;                       /* the result of a step is read when the next has ended */
@@ -111,6 +113,7 @@ static dist_options options_of(const training *t) {
                           .gradient_clipping = t->clipping,
                           .adamw = {.9, .999, ADAM_EPS, 0.05},
                           .sgd = {.9, 0.05},
+                          .graphs = t->graphs,
                           .offload = t->offload ? &vit_cpu : NULL,
                           .counts = 16};
 }
@@ -131,7 +134,7 @@ static int train_rank(rt_rank *rank, void *argument) {
     rank->threads = t->threads;
     if (vit_cpu.open(rank, &e) || vit_cpu_matmul(rank, VIT_MATMUL_OWN, &e))
         return rt_fail(rank, "%s", e.text);
-    if (dist_comm_open(&comm, t->hub, rank, &vit_cpu)) return -1;
+    if (dist_comm_open(&comm, t->hub, rank, t->device ? t->device : &vit_cpu)) return -1;
     comm.observe = observe_call;
     comm.observer = observer;
     dist_options o = options_of(t);
