@@ -1901,6 +1901,12 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     return 0;
 }
 
+static int cuda_address(const rt_rank *rank, char address[32], error_text *e) {
+    int gpu = ((const cuda_state *)rank->device)->gpu;
+    cudaError_t error = cudaDeviceGetPCIBusId(address, 32, gpu);
+    return error == cudaSuccess ? 0 : error_set(e, "CUDA device %d: %s", gpu, cudaGetErrorString(error));
+}
+
 /* clang-format off */
 extern "C" const vit_device vit_cuda = {
     .name = "cuda", .types = 1u << RT_FP32 | 1u << RT_BF16 | 1u << RT_FP16,
@@ -1916,5 +1922,5 @@ extern "C" const vit_device vit_cuda = {
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
     .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
-    .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve,
+    .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve, .address = cuda_address,
 };

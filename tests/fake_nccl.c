@@ -313,6 +313,12 @@ static int fake_reserve(rt_rank *rank, const rt_ledger *ledger, error_text *e) {
     return 0;
 }
 
+static int fake_address(const rt_rank *rank, char address[32], error_text *e) {
+    (void)e;
+    snprintf(address, 32, "0000:%02x:00.0", (unsigned)rank->rank % 255 + 1);
+    return 0;
+}
+
 vit_device vit_cuda;
 
 __attribute__((constructor)) static void make_device(void) {
@@ -321,4 +327,5 @@ __attribute__((constructor)) static void make_device(void) {
     vit_cuda.open = fake_open;
     vit_cuda.memory = fake_memory;
     vit_cuda.reserve = fake_reserve;
+    vit_cuda.address = fake_address;
 }
