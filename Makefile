@@ -40,7 +40,7 @@ build/config.mk: scripts/probe.sh | build/
 # Three flavours of everything: plain; asan, with UBSan; tsan. The last two go without OpenMP, whose library
 # is not instrumented, and fill freed memory of dist.h with NaN (DIST_DEBUG).
 
-LIBS         := $(JPEG_LIBS) $(MPI_LIBS) -lcjson -lz -lm -lpthread
+LIBS         := $(JPEG_LIBS) $(MPI_LIBS) -lcjson -lz -lm -lpthread -ldl
 plain_CFLAGS  = $(OPENMP) $(BLAS_CFLAGS) $(JPEG_CFLAGS)
 plain_LIBS    = $(BLAS_LIBS) $(LIBS)
 asan_CFLAGS  := $(JPEG_CFLAGS) -O1 -DDIST_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -67,6 +67,9 @@ build/plain/train: private plain_CFLAGS += $(CUDA_CFLAGS) $(NCCL_CFLAGS)
 build/plain/train: private plain_LIBS := $(if $(NVCC),build/cuda/vit_cuda.o) $(plain_LIBS) $(CUDA_LIBS) $(NCCL_LIBS)
 build/plain/train build/asan/train build/tsan/train: build/%/train: train.c $(foreach p,vit_cpu $(PROCESS),build/%/$(p).o) $(HEADERS)
 	$(CC) $(CFLAGS) $($*_CFLAGS) $(MPI_CFLAGS) $(filter %.c build/$*/%.o,$^) -o $@ $($*_LIBS)
+
+build/plain/libnvidia-ml.so.1: tests/fake_nvml.c | build/plain/
+	$(CC) $(CFLAGS) -shared -fPIC $< -o $@
 
 # The program over tests/fake_nccl.c instead of NCCL and a GPU.
 build/plain/train_fake: train.c tests/fake_nccl.c build/plain/vit_cpu.o $(PROCESS:%=build/plain/%.o) build/plain/dist_nccl.o $(HEADERS)
@@ -127,7 +130,7 @@ test:
 	@scripts/install.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) test-built
 test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS) \
-    $(if $(NCCL_LIBS),build/plain/train_fake)
+    $(if $(NCCL_LIBS),build/plain/train_fake build/plain/libnvidia-ml.so.1)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
 test-gpu: train $(if $(NVCC),$(GPU_TESTS))

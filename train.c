@@ -26,6 +26,7 @@
 #endif
 #include "dist_tcp.h"
 #include "io/metrics.h"
+#include "io/nvml.h"
 #include "launch.h"
 #include "report.h"
 #include "spawn.h"
@@ -552,6 +553,7 @@ typedef struct trainer {
     double data_s; /* seconds spent on waiting for batches */
     /* rank 0 */
     metrics_file metrics;
+    nvml gpu; /* its GPU, where NVML knows it */
     double started, last_accuracy, best_accuracy;
     double best_saved;         /* the accuracy of `best` */
     char best[32], latest[32]; /* folders */
@@ -958,6 +960,13 @@ static int log_step(trainer *t, size_t step, size_t epoch, const dist_result *re
     if (t->r->model.type == RT_FP16) metrics_add(line, "loss_scale", result->loss_scale);
     metrics_add(line, "step_time_s", seconds);
     metrics_add(line, "images_per_s", (double)t->r->global_batch / seconds);
+    if (t->gpu.device) {
+        nvml_figures gpu = nvml_read(&t->gpu);
+        metrics_add(line, "gpu_utilization", gpu.utilization);
+        metrics_add_count(line, "gpu_memory_bytes", gpu.memory_bytes);
+        metrics_add(line, "gpu_power_w", gpu.power_w);
+        metrics_add(line, "gpu_temperature_c", gpu.temperature_c);
+    }
     return log_line(t, line);
 }
 
@@ -1308,6 +1317,9 @@ static int open_output(trainer *t, size_t step) {
     if (metrics_open(&t->metrics, path, r->continues ? r->state.metrics_bytes : 0, r->continues ? kept : NULL,
                      &e))
         return rt_fail(t->rank, "%s", e.text);
+    char address[32];
+    if (r->device->address && (r->device->address(t->rank, address, &e) || nvml_open(&t->gpu, address, &e)))
+        say_warning(NULL, e.text); /* the lines of steps go without its figures */
     return log_start(t);
 }
 
@@ -1410,6 +1422,7 @@ static int rank_body(rt_rank *rank, void *argument) {
         dist_close(&t.d);
     }
     metrics_close(&t.metrics);
+    nvml_close(&t.gpu);
     dist_comm_close(&t.comm);
     r->device->close(rank);
     free(t.order);

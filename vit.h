@@ -205,6 +205,8 @@ typedef struct vit_device {
     /* Sets aside, at once, the memory that rt_alloc will hand out from now on: that of this ledger (from
      * dist_estimate). -1: there is not so much. */
     int (*reserve)(rt_rank *rank, const rt_ledger *ledger, error_text *e);
+    /* The PCI address of a rank's GPU, "0000:17:00.0". -1: e says why it is not known. */
+    int (*address)(const rt_rank *rank, char address[32], error_text *e);
 
     /* Only of devices that can record what is launched, else NULL. Between capture and captured the
      * operations on the compute and the communication stream are not run but become a graph, which replay

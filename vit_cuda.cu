@@ -2010,6 +2010,12 @@ void vit_cuda_products(rt_rank *rank, int tf32, int first_algorithm) {
     snprintf(c->description + used, sizeof c->description - used, ", TF32");
 }
 
+static int cuda_address(const rt_rank *rank, char address[32], error_text *e) {
+    int gpu = ((const cuda_state *)rank->device)->gpu;
+    cudaError_t error = cudaDeviceGetPCIBusId(address, 32, gpu);
+    return error == cudaSuccess ? 0 : error_set(e, "CUDA device %d: %s", gpu, cudaGetErrorString(error));
+}
+
 /* clang-format off */
 extern "C" const vit_device vit_cuda = {
     .name = "cuda", .types = 1u << RT_FP32 | 1u << RT_BF16 | 1u << RT_FP16,
@@ -2025,6 +2031,6 @@ extern "C" const vit_device vit_cuda = {
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
     .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
-    .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve,
+    .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve, .address = cuda_address,
     .capture = capture, .captured = captured, .replay = replay, .forget = forget,
 };

@@ -317,6 +317,12 @@ void vit_cuda_products(rt_rank *rank, int tf32, int first_algorithm) {
     (void)rank, (void)tf32, (void)first_algorithm;
 }
 
+static int fake_address(const rt_rank *rank, char address[32], error_text *e) {
+    (void)e;
+    snprintf(address, 32, "0000:%02x:00.0", (unsigned)rank->rank % 255 + 1);
+    return 0;
+}
+
 vit_device vit_cuda;
 
 __attribute__((constructor)) static void make_device(void) {
@@ -325,4 +331,5 @@ __attribute__((constructor)) static void make_device(void) {
     vit_cuda.open = fake_open;
     vit_cuda.memory = fake_memory;
     vit_cuda.reserve = fake_reserve;
+    vit_cuda.address = fake_address;
 }

@@ -98,6 +98,28 @@ wrong=""
 [ -s "$work/stopped/checkpoints/latest" ] || wrong="found no checkpoint"
 verdict "SIGTERM to the program that has started the ranks" "$wrong"
 
+# The GPU's figures: fixed ones, from tests/fake_nvml.c; a GPU does not tell all of them, or there is no library
+LD_LIBRARY_PATH=$build/plain
+export LD_LIBRARY_PATH
+# shellcheck disable=SC2086
+cuda figures --nproc-per-node 2 --strategy zero3 --precision fp16 $options
+unset LD_LIBRARY_PATH
+wrong=$(jq -r -s --slurpfile config "$work/figures/config.json" --argjson images 1438 --argjson val 359 \
+    --argjson channels 1 -f tests/metrics.jq "$work/figures/metrics.jsonl" 2>&1 | head -3)
+found=$(jq -c 'select(.event == "step") | [.gpu_utilization, .gpu_memory_bytes, .gpu_power_w, .gpu_temperature_c]' \
+    "$work/figures/metrics.jsonl" | sort -u)
+[ "$found" = "[0.87,5000000000,null,61]" ] || wrong="$wrong found $found"
+verdict "figures of NVML in metrics.jsonl" "$wrong"
+# shellcheck disable=SC2086
+FAKE_CUDA_DEVICES=1 cuda no-figures $options
+wrong=""
+if jq -e 'select(.event == "step") | has("gpu_power_w")' "$work/no-figures/metrics.jsonl" >/dev/null; then
+    [ -n "$(ldconfig -p 2>/dev/null | grep libnvidia-ml)" ] || wrong="found figures"
+else
+    grep -q '^train: warning: NVML: ' "$work/no-figures.log" || wrong="found no warning"
+fi
+verdict "no NVML: a warning, and no figures" "$wrong"
+
 # The same starter over TCP, on the CPU
 # shellcheck disable=SC2086
 "$train" --backend tcp --nproc-per-node 3 --strategy zero2 $options --output-dir "$work/tcp" >/dev/null 2>&1
