@@ -3,6 +3,7 @@
 # make test    installs what the tests need, builds, and runs every test that needs no GPU
 # make bench   times operations, decoding, and two ranks against one process; prints fractions and ratios
 # make test-gpu  the tests that need an NVIDIA GPU; without one it says so
+# make bench-gpu  times bf16 training steps on a GPU against the machine's PyTorch; DATA_DIR names CIFAR-10, if wanted
 # make bench-pytorch  times training steps against PyTorch and timm, which it installs, in turn
 
 CC       := gcc
@@ -26,7 +27,7 @@ FUZZERS := options safetensors idx cifar image
 # What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, MPI_CFLAGS, MPI_LIBS, NVCC,
 # CUDA_CFLAGS, CUDA_LIBS, NCCL_CFLAGS, NCCL_LIBS.
 # Goals that build nothing themselves do not ask.
-NO_PROBE := demo test fuzz test-sanitize bench-gpu validate format clean
+NO_PROBE := demo test fuzz test-sanitize validate format clean
 ifneq ($(filter-out $(NO_PROBE),$(or $(MAKECMDGOALS),train)),)
 include build/config.mk
 endif
@@ -162,7 +163,10 @@ bench: train build/plain/bench_cpu build/plain/bench_decode
 bench-pytorch: train
 	tests/bench_pytorch.sh
 
-bench-gpu validate:
+bench-gpu: train
+	@tests/bench_gpu.sh $(if $(DATA_DIR),--cifar "$(DATA_DIR)")
+
+validate:
 	@echo "make $@ is not built yet" >&2; exit 1
 
 # The chapters, with what their commands print now.
