@@ -21,8 +21,8 @@ typedef struct {
     _Alignas(64) char stage[]; /* [size][PIECE] of any type: what the ranks have sent of this rank's part */
 } dist_mpi;
 
-/* Waits for a request that MPI has accepted, or not (status). -1: the world has failed. MPI makes progress only
- * while it is asked, and the rank's own thread needs the core. */
+/* Waits for a request that MPI has accepted, or not (status). -1: the world has failed. MPI makes progress
+ * only while it is asked, and the rank's own thread needs the core. */
 static int finish(dist_mpi *m, int status, MPI_Request *request) {
     double begin = rt_seconds();
     char last[128];

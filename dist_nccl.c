@@ -1,7 +1,8 @@
-/* dist_nccl.c - the transport over NCCL (dist_nccl.h): what is posted goes to the rank's communication stream at
- * once, one NCCL call a collective; the stream and its events (runtime.h) order it with the computation. NCCL's
- * unique id travels over the rendezvous. A thread watches NCCL and the other processes: on a failure it aborts
- * the communicator, so that kernels which wait for a lost rank end, and with them whoever waits for these. */
+/* dist_nccl.c - the transport over NCCL (dist_nccl.h): what is posted goes to the rank's communication stream
+ * at once, one NCCL call a collective; the stream and its events (runtime.h) order it with the computation.
+ * NCCL's unique id travels over the rendezvous. A thread watches NCCL and the other processes: on a failure it
+ * aborts the communicator, so that kernels which wait for a lost rank end, and with them whoever waits for
+ * these. */
 #include "dist_nccl.h"
 #include "rendezvous.h"
 
@@ -16,17 +17,19 @@ typedef struct {
     rendezvous *meeting;
     int rank, size, speaks, watches;
     ncclUniqueId id;
-    ncclComm_t comm; /* NULL: not open, or aborted; under world->lock while somebody watches */
     void *registered;
     rt_block token; /* of barriers [1] */
     cudaEvent_t posted;
-    double last_post; /* when `posted` was recorded last; under world->lock */
-    int stop;         /* under world->lock */
     pthread_t watcher;
+    /* under world->lock */
+    ncclComm_t comm;     /* NULL: not open, or aborted */
+    ncclResult_t wrong;  /* what a call has answered */
+    double since;        /* when the last call was made; 0: none yet */
+    int unsettled, stop; /* unsettled: NCCL has not accepted it yet */
 } dist_nccl;
 
 /* With the lock held. The first failure of the world aborts what runs; `speaks`: this process prints it. */
-static int fail(dist_nccl *n, int speaks, const char *why) {
+static void fail(dist_nccl *n, int speaks, const char *why) {
     rt_rank *rank = &n->hub.world->ranks[0];
     if (!atomic_load(&rank->world->failed)) {
         n->speaks = speaks;
@@ -34,29 +37,18 @@ static int fail(dist_nccl *n, int speaks, const char *why) {
     }
     if (n->comm) ncclCommAbort(n->comm);
     n->comm = NULL;
-    return -1;
 }
 
-/* What NCCL has to say, and the last collective; with the lock held. */
-static const char *says(const dist_nccl *n, const char *what, error_text *why) {
-    const rt_note *last = &n->hub.world->ranks[0].last;
-    error_set(why, "rank %d%s after %s %llu (%s)", n->rank, what, last->op ? last->op : "no collective",
-              (unsigned long long)last->sequence, last->op ? last->unit : "-");
-    return why->text;
-}
-
-/* A call has been accepted, or is under way (the communicator does not block). -1: the world has failed. */
+/* Until NCCL, whose calls do not block here, has accepted one. -1: the world has failed; the watcher says why. */
 static int settle(dist_nccl *n, ncclResult_t result) {
-    double deadline = rt_seconds() + n->meeting->timeout;
     rt_world *w = n->hub.world;
-    error_text why, what;
-    for (;; poll(NULL, 0, 1)) {
+    for (double begin = rt_seconds();; poll(NULL, 0, 1)) {
         pthread_mutex_lock(&w->lock);
         if (result == ncclInProgress && n->comm) ncclCommGetAsyncError(n->comm, &result);
-        int late = rt_seconds() > deadline, wrong = result != ncclSuccess && result != ncclInProgress;
-        error_set(&what, ": NCCL: %s,", wrong ? ncclGetErrorString(result) : "no answer (--timeout)");
-        if (wrong || late) fail(n, 1, says(n, what.text, &why));
         int failed = atomic_load(&w->failed);
+        n->unsettled = result != ncclSuccess;
+        n->since = begin;
+        if (result != ncclInProgress) n->wrong = result;
         pthread_mutex_unlock(&w->lock);
         if (failed || result == ncclSuccess) return failed ? -1 : 0;
     }
@@ -71,16 +63,20 @@ static void *watch(void *argument) {
         int speaks = 1, gone = rendezvous_gone(n->meeting);
         int told = gone >= 0 && rendezvous_told(n->meeting, gone, &why, &speaks);
         pthread_mutex_lock(&w->lock);
-        ncclResult_t result = ncclSuccess;
-        if (n->comm) ncclCommGetAsyncError(n->comm, &result);
+        const rt_note *last = &w->ranks[0].last;
+        ncclResult_t result = n->wrong;
+        if (n->comm && result == ncclSuccess) ncclCommGetAsyncError(n->comm, &result);
+        int late = n->comm && n->since > 0 && rt_seconds() - n->since > n->meeting->timeout;
         if (gone >= 0)
             error_set(&what, " lost rank %d", gone);
         else if (result != ncclSuccess && result != ncclInProgress)
             error_set(&what, ": NCCL: %s,", ncclGetErrorString(result));
-        else if (n->comm && n->last_post > 0 && rt_seconds() - n->last_post > n->meeting->timeout &&
-                 cudaEventQuery(n->posted) == cudaErrorNotReady)
+        else if (late && (n->unsettled || cudaEventQuery(n->posted) == cudaErrorNotReady))
             error_set(&what, ": no word from the others for %g s (--timeout)", n->meeting->timeout);
-        if (*what.text && !told) says(n, what.text, &why);
+        if (*what.text && !told)
+            error_set(&why, "rank %d%.500s after %s %llu (%s)", n->rank, what.text,
+                      last->op ? last->op : "no collective", (unsigned long long)last->sequence,
+                      last->op ? last->unit : "-");
         if (*why.text || atomic_load(&w->failed)) fail(n, speaks, why.text);
         stop = n->stop || atomic_load(&w->failed);
         pthread_mutex_unlock(&w->lock);
@@ -130,10 +126,7 @@ static void post(dist_comm *comm, const dist_call *calls, size_t count) {
     if (settle(n, result)) return;
     for (size_t i = 0; i < count; i++)
         if (calls[i].done) rt_record(rank, calls[i].stream, calls[i].done);
-    pthread_mutex_lock(&rank->world->lock);
     cudaEventRecord(n->posted, (cudaStream_t)s->device);
-    n->last_post = rt_seconds();
-    pthread_mutex_unlock(&rank->world->lock);
 }
 
 /* The device is open, and the memory of the rank set aside. */
@@ -156,13 +149,13 @@ static int open_communicator(dist_comm *comm) {
 static void close_communicator(dist_comm *comm) {
     dist_nccl *n = comm->shared;
     rt_world *w = comm->rank->world;
+    if (!atomic_load(&w->failed) && n->registered) ncclCommDeregister(n->comm, n->registered);
+    if (!atomic_load(&w->failed)) settle(n, ncclCommFinalize(n->comm));
     pthread_mutex_lock(&w->lock);
     n->stop = 1;
     if (atomic_load(&w->failed)) fail(n, n->speaks, "");
     pthread_mutex_unlock(&w->lock);
     if (n->watches) pthread_join(n->watcher, NULL);
-    if (n->comm && n->registered) ncclCommDeregister(n->comm, n->registered);
-    if (n->comm) settle(n, ncclCommFinalize(n->comm));
     if (n->comm) ncclCommDestroy(n->comm);
     if (n->posted) cudaEventDestroy(n->posted);
     n->comm = NULL, n->registered = NULL, n->posted = NULL, n->watches = 0;
@@ -181,7 +174,7 @@ static dist_hub *nccl_start(dist_process *p, rt_world *world, const vit_device *
     (void)device;
     n->hub = (dist_hub){&transport, world, n->size};
     n->speaks = 1; /* of its own failures */
-    n->stop = 0, n->last_post = 0;
+    n->stop = n->unsettled = 0, n->since = 0, n->wrong = ncclSuccess;
     int failed = n->rank == 0 && ncclGetUniqueId(&n->id) != ncclSuccess;
     if (failed) error_set(e, "NCCL: no unique id: %s", ncclGetLastError(NULL));
     return rendezvous_agree(n->meeting, failed, e, (char *)&n->id, sizeof n->id) ? NULL : &n->hub;

@@ -7,9 +7,9 @@
  * busy from the start, and a rank sends 2 (N - 1) / N of the payload, the least there is. (In a ring that
  * adds in rank order, sums would have to begin at rank 0 and travel on to their owner: up to 1.5 times that.)
  *
- * What is posted goes into a queue (dist_process.h), which a thread carries out: for every peer it knows which
- * call it sends and which it receives, so that calls overlap; they are completed in order. A message begins
- * with a fingerprint by which ranks see whether they agree. */
+ * What is posted goes into a queue (dist_process.h), which a thread carries out: for every peer it knows
+ * which call it sends and which it receives, so that calls overlap; they are completed in order. A message
+ * begins with a fingerprint by which ranks see whether they agree. */
 #define _GNU_SOURCE
 #include "dist_tcp.h"
 #include "rendezvous.h"
