@@ -1642,8 +1642,8 @@ static int dist__replayed(dist *d, size_t k) {
 
 /* Part k has been launched; if that was to record it, it runs now. */
 static void dist__launched(dist *d, size_t k) {
-    dist_graph *g = &d->graph[k];
     if (!d->recording) return;
+    dist_graph *g = &d->graph[k];
     d->recording = 0;
     g->recorded = d->device->captured(d->rank);
     if (!g->recorded) return;
