@@ -16,7 +16,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
 TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits transport
-SCRIPTS := example mismatch train tcp launchers nccl resume kill images errors compare strategies docs
+SCRIPTS := example mismatch train tcp start launchers nccl resume kill images errors cuda_errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
@@ -108,6 +108,9 @@ build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard t
 endef
 $(foreach f,plain asan tsan,$(eval $(call test_rule,$(f))))
 
+build/cuda/fake_cuda.so: tests/fake_cuda.c build/config.mk | build/cuda/
+	$(CC) $(CFLAGS) -I$(dir $(NVCC))../include -shared -fPIC $< -o $@
+
 # test_ops: vit_cuda beside vit_cpu.
 GPU_TESTS := build/cuda/test_ops build/cuda/test_cuda
 $(GPU_TESTS): $(HEADERS) $(wildcard tests/*.h)
@@ -131,7 +134,8 @@ test:
 	@scripts/install.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) test-built
 test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS) \
-    $(if $(NCCL_LIBS),build/plain/train_fake build/plain/libnvidia-ml.so.1)
+    $(if $(NCCL_LIBS),build/plain/train_fake build/plain/libnvidia-ml.so.1) \
+    $(if $(NVCC),build/cuda/fake_cuda.so)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
 test-gpu: train $(if $(NVCC),$(GPU_TESTS))

@@ -737,7 +737,9 @@ int dist_comm_open(dist_comm *comm, dist_hub *hub, rt_rank *rank, const vit_devi
                         .shared = hub};
     comm->pair_sequence = calloc(2 * (size_t)hub->size, sizeof *comm->pair_sequence);
     if (!comm->pair_sequence) return rt_fail(rank, "rank %d: out of memory", rank->rank);
-    return comm->transport->open ? comm->transport->open(comm) : 0;
+    if (!comm->transport->open || !comm->transport->open(comm)) return 0;
+    dist_comm_close(comm);
+    return -1;
 }
 
 void dist_comm_close(dist_comm *comm) {

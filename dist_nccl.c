@@ -8,17 +8,19 @@
 
 #include <nccl.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct {
     dist_hub hub; /* first: comm->shared */
     dist_process head;
     rendezvous *meeting;
-    int rank, size, speaks, watches;
+    int rank, size, gpu, speaks, watches;
     ncclUniqueId id;
     void *registered;
-    rt_block token; /* of barriers [1] */
+    void *token; /* of barriers: one int64 of device memory, which the arena has no room for */
     cudaEvent_t posted;
     pthread_t watcher;
     /* under world->lock */
@@ -42,7 +44,7 @@ static void fail(dist_nccl *n, int speaks, const char *why) {
 /* Until NCCL, whose calls do not block here, has accepted one. -1: the world has failed; the watcher says why. */
 static int settle(dist_nccl *n, ncclResult_t result) {
     rt_world *w = n->hub.world;
-    for (double begin = rt_seconds();; poll(NULL, 0, 1)) {
+    for (double begin = rt_seconds();; rt_seconds() - begin < 1e-3 ? sched_yield() : usleep(100)) {
         pthread_mutex_lock(&w->lock);
         if (result == ncclInProgress && n->comm) ncclCommGetAsyncError(n->comm, &result);
         int failed = atomic_load(&w->failed);
@@ -58,6 +60,7 @@ static int settle(dist_nccl *n, ncclResult_t result) {
 static void *watch(void *argument) {
     dist_nccl *n = argument;
     rt_world *w = n->hub.world;
+    cudaSetDevice(n->gpu); /* or the first question would begin with device 0 */
     for (int stop = 0; !stop; poll(NULL, 0, 100)) {
         error_text why = {{0}}, what = {{0}};
         int speaks = 1, gone = rendezvous_gone(n->meeting);
@@ -103,7 +106,7 @@ static ncclResult_t launch(const dist_nccl *n, const dist_call *c, cudaStream_t 
     case DIST_REDUCE: return ncclReduce(in, out, count, type, ncclSum, c->peer, n->comm, s);
     case DIST_SEND: return ncclSend(in, count, type, c->peer, n->comm, s);
     case DIST_RECV: return ncclRecv(out, count, type, c->peer, n->comm, s);
-    default: return ncclAllReduce(n->token.data, n->token.data, 1, ncclInt64, ncclSum, n->comm, s);
+    default: return ncclAllReduce(n->token, n->token, 1, ncclInt64, ncclSum, n->comm, s);
     }
 }
 
@@ -135,9 +138,9 @@ static int open_communicator(dist_comm *comm) {
     rt_rank *rank = comm->rank;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    n->token = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, 1, 1);
-    if (rt_failed(rank) || cudaEventCreateWithFlags(&n->posted, cudaEventDisableTiming) != cudaSuccess)
-        return rt_fail(rank, "rank %d: cannot create an event", n->rank);
+    if (cudaGetDevice(&n->gpu) != cudaSuccess || cudaMalloc(&n->token, sizeof(int64_t)) != cudaSuccess ||
+        cudaEventCreateWithFlags(&n->posted, cudaEventDisableTiming) != cudaSuccess)
+        return rt_fail(rank, "rank %d: no device memory for a communicator", n->rank);
     ncclResult_t result = ncclCommInitRankConfig(&n->comm, n->size, n->id, n->rank, &config);
     n->watches = !pthread_create(&n->watcher, NULL, watch, n);
     if (!n->watches) return rt_fail(rank, "rank %d: cannot start a thread", n->rank);
@@ -149,8 +152,12 @@ static int open_communicator(dist_comm *comm) {
 static void close_communicator(dist_comm *comm) {
     dist_nccl *n = comm->shared;
     rt_world *w = comm->rank->world;
-    if (!atomic_load(&w->failed) && n->registered) ncclCommDeregister(n->comm, n->registered);
-    if (!atomic_load(&w->failed)) settle(n, ncclCommFinalize(n->comm));
+    ncclResult_t end = ncclSuccess;
+    pthread_mutex_lock(&w->lock);
+    if (n->comm && n->registered) ncclCommDeregister(n->comm, n->registered);
+    if (n->comm) end = ncclCommFinalize(n->comm);
+    pthread_mutex_unlock(&w->lock);
+    settle(n, end);
     pthread_mutex_lock(&w->lock);
     n->stop = 1;
     if (atomic_load(&w->failed)) fail(n, n->speaks, "");
@@ -159,7 +166,8 @@ static void close_communicator(dist_comm *comm) {
     if (n->comm) ncclCommDestroy(n->comm);
     if (n->posted) cudaEventDestroy(n->posted);
     n->comm = NULL, n->registered = NULL, n->posted = NULL, n->watches = 0;
-    rt_free(comm->rank, RT_COMMUNICATION_BUFFERS, &n->token);
+    cudaFree(n->token);
+    n->token = NULL;
 }
 
 static dist_nccl *of_process(dist_process *p) { return (dist_nccl *)((char *)p - offsetof(dist_nccl, head)); }

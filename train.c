@@ -440,8 +440,11 @@ static int prepare_device(run *r, error_text *e) {
                          "which ranks of one process share the GPUs",
                          options_choice(&train_table, o, &o->backend).text);
     double unused, total;
-    int own = r->process ? r->launch.local_rank : 0;
-    return vit_cuda.memory(own, r->process ? 1 : (int)o->nproc_per_node, &unused, &total, e);
+    int ranks = (int)o->nproc_per_node;
+    if (r->process) return vit_cuda.memory(r->launch.local_rank, 1, &unused, &total, e);
+    if (o->backend == CHOICE_BACKEND_NCCL) /* of processes to come: is there a device for the last? */
+        return vit_cuda.memory(ranks - 1, 0, &unused, &total, e);
+    return vit_cuda.memory(0, ranks, &unused, &total, e);
 #else
     return error_set(e, "--device cuda: this program was not built with CUDA (make found no nvcc)");
 #endif
@@ -1229,6 +1232,21 @@ static int log_start(trainer *t) {
     return 0;
 }
 
+static const char libraries[] = "cJSON, zlib, stb_image"
+#ifdef HAVE_JPEG
+                                ", libjpeg-turbo"
+#endif
+#ifdef HAVE_OPENBLAS
+                                ", OpenBLAS"
+#endif
+#ifdef HAVE_MPI
+                                ", MPI"
+#endif
+#ifdef HAVE_NCCL
+                                ", NCCL"
+#endif
+    ;
+
 /* Makes the output directory, and config.json in it: enough to run it again. */
 static int write_config(trainer *t) {
     const run *r = t->r;
@@ -1241,15 +1259,7 @@ static int write_config(trainer *t) {
     cJSON_AddStringToObject(about, "version", TRAIN_VERSION);
     cJSON_AddStringToObject(about, "host", host.nodename);
     cJSON_AddStringToObject(about, "devices", t->d.device->name);
-    cJSON_AddStringToObject(about, "libraries",
-                            "cJSON, zlib, stb_image"
-#ifdef HAVE_JPEG
-                            ", libjpeg-turbo"
-#endif
-#ifdef HAVE_OPENBLAS
-                            ", OpenBLAS"
-#endif
-    );
+    cJSON_AddStringToObject(about, "libraries", libraries);
     cJSON_AddStringToObject(about, "matrix_product", r->device->description(t->rank));
     cJSON_AddNumberToObject(about, "threads", (double)r->o.threads_per_rank);
     extern char **environ;
@@ -1477,6 +1487,8 @@ static int find_launch(run *r, error_text *e) {
     const launch *l = &r->launch;
     if (launch_find(&r->launch, e)) return -1;
     int several = l->launcher ? l->size > 1 : o->nproc_per_node > 1;
+    if (o->backend == CHOICE_BACKEND_NCCL && o->device == CHOICE_DEVICE_CPU)
+        return error_set(e, "--backend nccl: found --device cpu, expected cuda");
     if (o->backend >= 0) return 0;
     if (o->device == CHOICE_DEVICE_CUDA)
         o->backend = several ? CHOICE_BACKEND_NCCL : CHOICE_BACKEND_LOCAL;
@@ -1539,8 +1551,7 @@ static int join_ranks(run *r, error_text *e) {
         return l->size == 1 ? 0 : error_set(e, "found %d processes, expected one for this command", l->size);
     o->nproc_per_node = (size_t)l->size;
     if (l->rank) o->quiet = true;
-    int wants_nccl = o->backend == CHOICE_BACKEND_NCCL && given(r, &o->backend);
-    if (l->size == 1 && !wants_nccl) return 0;
+    if (l->size == 1 && o->backend != CHOICE_BACKEND_NCCL) return 0; /* a rank alone can try NCCL */
     r->process = open_process(r, e);
     return r->process ? 0 : -1;
 }
@@ -1647,12 +1658,18 @@ static int command_env(run *r, error_text *e, char **table) {
     if (prepare_device(r, e)) return -1;
     size_t here = ranks_here(r);
     if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > here ? cores / here : 1;
+    if (r->launch.rank) return run_ranks(r, env_body, e, table); /* rank 0 says it */
     printf("version            %s\nhost               %s, %s %s\ncores              %zu\nmemory             "
            "%.1f GB\n",
            TRAIN_VERSION, host.nodename, host.sysname, host.machine, cores,
            1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
     printf("devices            cpu" ENV_CUDA "\nbackends           local, tcp" BACKENDS_MPI BACKENDS_NCCL
-           "\n");
+           "\nlibraries          %s\n",
+           libraries);
+#ifdef HAVE_CUDA
+    error_text why;
+    if (vit_cuda.list(stdout, &why)) printf("GPUs               none: %s\n", why.text);
+#endif
     return run_ranks(r, env_body, e, table);
 }
 
@@ -1811,7 +1828,7 @@ int main(int argc, char **argv) {
     } else if (find_launch(r, &e)) {
         status = 1;
     } else if (starts_ranks(r)) {
-        status = spawn_ranks(argv, (int)r->o.nproc_per_node, &e);
+        status = prepare_device(r, &e) ? 1 : spawn_ranks(argv, (int)r->o.nproc_per_node, &e);
     } else if (join_ranks(r, &e)) {
         status = 1;
     } else if (r->o.state.command == COMMAND_ENV) {

@@ -202,6 +202,8 @@ typedef struct vit_device {
     /* Only of devices with memory of their own, else NULL. Bytes of it that are free, and that there are,
      * where ranks first .. first + ranks - 1 of this host would compute; -1: they cannot, and why. */
     int (*memory)(int first, int ranks, double *unused, double *total, error_text *e);
+    /* One line for each device that this machine has, after one on the driver. -1: none can be used, and why. */
+    int (*list)(FILE *out, error_text *e);
     /* Sets aside, at once, the memory that rt_alloc will hand out from now on: that of this ledger (from
      * dist_estimate). -1: there is not so much. */
     int (*reserve)(rt_rank *rank, const rt_ledger *ledger, error_text *e);

@@ -144,6 +144,30 @@ static int count_devices(int *count, error_text *e) {
     return 0;
 }
 
+static int cuda_list(FILE *out, error_text *e) {
+    int count, driver = 0, runtime = 0;
+    if (count_devices(&count, e)) return -1;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    fprintf(out, "CUDA               driver %d.%d, runtime %d.%d\n", driver / 1000, driver % 1000 / 10,
+            runtime / 1000, runtime % 1000 / 10);
+    for (int i = 0; i < count; i++) {
+        cudaDeviceProp p;
+        char id[32] = "";
+        int can = 0, peers = 0;
+        if (cudaGetDeviceProperties(&p, i) != cudaSuccess ||
+            cudaDeviceGetPCIBusId(id, sizeof id, i) != cudaSuccess)
+            return error_set(e, "CUDA device %d: %s", i, cudaGetErrorString(cudaGetLastError()));
+        fprintf(out, "GPU %-14d %s, sm_%d%d, %.1f GB, bus %s, reaches", i, p.name, p.major, p.minor,
+                1e-9 * (double)p.totalGlobalMem, id);
+        for (int other = 0; other < count; other++)
+            if (other != i && cudaDeviceCanAccessPeer(&can, i, other) == cudaSuccess && can)
+                fprintf(out, " %d", other), peers++;
+        fprintf(out, peers ? "\n" : " no other\n");
+    }
+    return 0;
+}
+
 static int cuda_memory(int first, int ranks, double *unused, double *total, error_text *e) {
     int count, current = 0;
     if (count_devices(&count, e)) return -1;
@@ -1963,8 +1987,11 @@ static int cuda_open(rt_rank *rank, error_text *e) {
     if (error != cudaSuccess) return error_set(e, "CUDA device %d: %s", gpu, cudaGetErrorString(error));
     error = cudaFuncGetAttributes(&attributes, (const void *)loss_accumulate_kernel);
     if (error != cudaSuccess)
-        return error_set(e, "CUDA device %d: found %s (sm_%d%d), for which this program was not built: %s",
-                         gpu, properties.name, properties.major, properties.minor, cudaGetErrorString(error));
+        return error_set(e,
+                         "CUDA device %d: found %s (sm_%d%d), for which this program was not built: %s "
+                         "(make CUDA_ARCHS=%d%d)",
+                         gpu, properties.name, properties.major, properties.minor, cudaGetErrorString(error),
+                         properties.major, properties.minor);
     for (int other = 0; other < count && other < rank->world->size && rank->world->size > 1; other++) {
         int can = 0;
         if (other == gpu) continue;
@@ -2031,6 +2058,7 @@ extern "C" const vit_device vit_cuda = {
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
     .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
-    .description = cuda_description, .memory = cuda_memory, .reserve = cuda_reserve, .address = cuda_address,
+    .description = cuda_description, .memory = cuda_memory, .list = cuda_list, .reserve = cuda_reserve,
+    .address = cuda_address,
     .capture = capture, .captured = captured, .replay = replay, .forget = forget,
 };

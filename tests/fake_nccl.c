@@ -252,6 +252,13 @@ const char *ncclGetLastError(ncclComm_t c) {
 
 /* ------------------------------------------------------------------------------------------------ the device */
 
+cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
+cudaError_t cudaMalloc(void **memory, size_t bytes) {
+    return (*memory = calloc(1, bytes)) ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFree(void *memory) { return free(memory), cudaSuccess; }
+
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     (void)flags;
     *event = calloc(1, sizeof(unsigned long));
@@ -299,6 +306,12 @@ static int fake_memory(int first, int ranks, double *unused, double *total, erro
     return 0;
 }
 
+static int fake_list(FILE *out, error_text *e) {
+    (void)e;
+    fprintf(out, "GPU                fake\n");
+    return 0;
+}
+
 static int fake_open(rt_rank *rank, error_text *e) {
     if (vit_cpu.open(rank, e)) return -1;
     rank->record = record;
@@ -330,6 +343,7 @@ __attribute__((constructor)) static void make_device(void) {
     vit_cuda.name = "cuda";
     vit_cuda.open = fake_open;
     vit_cuda.memory = fake_memory;
+    vit_cuda.list = fake_list;
     vit_cuda.reserve = fake_reserve;
     vit_cuda.address = fake_address;
 }

@@ -57,6 +57,13 @@ for world in "single 1" "dp 2" "ddp 2" "dp 3" "ddp 3" "zero1 2" "zero2 3" "zero3
     verdict "digits learn: ${world% *}, $n ranks" "$why"
 done
 
+for precision in bf16 fp16; do # an overflow of the first steps has no norm
+    why=$(run "learn $precision" --embed-dim 32 --depth 2 --num-heads 2 --limit-train 403 --limit-val 57 \
+        --batch-size 12 --epochs 2 --precision $precision --strategy zero1 --nproc-per-node 2) &&
+        why=$(consistent "learn $precision" 403 57)
+    verdict "lines of a run in $precision" "$why"
+done
+
 case_of() { # NAME RUN OPTIONS: a small run with consistent lines
     name=$1 of_run=$2
     shift 2
