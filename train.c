@@ -421,13 +421,12 @@ static int prepare_device(run *r, error_text *e) {
                          : o->precision == CHOICE_PRECISION_BF16 ? "precision bf16"
                                                                  : "precision fp16");
     int offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER;
-    if (o->cuda_graphs && (o->device == CHOICE_DEVICE_CPU || o->nproc_per_node > 1 || offload))
-        return error_set(
-            e,
-            "--cuda-graphs: found --device %s, %zu rank%s and --offload %s, expected cuda, 1 rank and "
-            "none",
-            o->device == CHOICE_DEVICE_CPU ? "cpu" : "cuda", o->nproc_per_node,
-            o->nproc_per_node > 1 ? "s" : "", offload ? "optimizer" : "none");
+    const char *unrecorded = o->device == CHOICE_DEVICE_CPU ? "--device cpu, expected cuda"
+                             : offload ? "--offload optimizer, expected none, as the host takes no part"
+                             : o->nproc_per_node > 1 || r->process
+                                 ? "ranks that communicate, expected one rank in one process"
+                                 : NULL;
+    if (o->cuda_graphs && unrecorded) return error_set(e, "--cuda-graphs: found %s", unrecorded);
     if (offload && o->device == CHOICE_DEVICE_CPU)
         return error_set(e, "--offload optimizer: found --device cpu, whose optimizer runs in host memory "
                             "already; expected cuda");

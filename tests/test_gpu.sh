@@ -60,6 +60,26 @@ why=$(run "gpu checkpointing" --device cuda --strategy zero3 --nproc-per-node 4 
     --activation-checkpointing)
 verdict "zero3 with activation checkpointing: losses of zero3" "${why:-$(far "gpu zero3" "gpu checkpointing" 1e-4)}"
 
+# other WAY REFERENCE BAR OPTIONS: the losses of the reference by another way, but for rounding
+other() {
+    way=$1 reference=$2 bar=$3
+    shift 3
+    why=$(run "gpu $way" --device cuda "$@")
+    verdict "$way: losses of the $reference" "${why:-$(far "$reference" "gpu $way" "$bar")}"
+}
+other "update on the host" "gpu single" 1e-4 --offload optimizer
+other "zero3, 4 ranks on one GPU, update on the host" "gpu zero3" 1e-4 --offload optimizer --strategy zero3 \
+    --nproc-per-node 4 --backend local
+other "bf16, update on the host" "gpu single" 2e-2 --offload optimizer --precision bf16
+for strategy in single dp ddp zero1 zero2 zero3; do
+    other "$strategy as CUDA graphs" "gpu single" 1e-4 --cuda-graphs --strategy $strategy
+done
+other "two micro-batches" "gpu single" 1e-4 --batch-size 4 --gradient-accumulation-steps 2
+other "two micro-batches as CUDA graphs, zero3" "gpu two micro-batches" 1e-4 --cuda-graphs --strategy zero3 \
+    --batch-size 4 --gradient-accumulation-steps 2
+other "fp16 as CUDA graphs" "gpu single" 2e-2 --cuda-graphs --precision fp16
+other "TF32" "gpu single" 2e-2 --tf32
+
 grep -q '^GPU, in use ' "$work/gpu single.err" && grep -q '^difference ' "$work/gpu single.err"
 verdict "the ledger stands beside what the GPU says" "$([ $? -eq 0 ] || echo "no such lines: $(tail -3 "$work/gpu single.err")")"
 

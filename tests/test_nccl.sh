@@ -38,6 +38,26 @@ cuda half --nproc-per-node 2 --strategy zero3 --precision bf16 $options
 verdict "zero3 in bf16" "$(cmp "$work/half/checkpoints/step-00000004/model.safetensors" \
     "$work/half-local/checkpoints/step-00000004/model.safetensors" 2>&1)"
 
+# the optimizer in host memory: the same files, and the ledger says where it lies
+for run in "1 single fp32" "2 ddp bf16" "2 zero1 fp16" "2 zero3 fp32"; do
+    # shellcheck disable=SC2086
+    set -- $run
+    # shellcheck disable=SC2086
+    cuda offload --offload optimizer --nproc-per-node $1 --strategy $2 --precision $3 $options
+    # shellcheck disable=SC2086
+    "$train" --nproc-per-node $1 --strategy $2 --precision $3 $options --output-dir "$work/local" >/dev/null 2>&1
+    wrong=""
+    for file in model optimizer; do
+        file=checkpoints/step-00000004/$file.safetensors
+        cmp -s "$work/offload/$file" "$work/local/$file" || wrong="$file differs from that without offload"
+    done
+    here=$(jq -s "map(select(.event == \"memory\" and .optimizer_bytes == 0 and .host_bytes > 0)) | length" \
+        "$work/offload/metrics.jsonl")
+    [ "$here" = "$1" ] || wrong="found $here lines of memory with an optimizer on the host, expected $1"
+    verdict "offload: $2 on $1, $3" "$wrong"
+    rm -rf "$work/offload" "$work/local"
+done
+
 # one rank, as far as NCCL can be tried on a machine with one GPU
 # shellcheck disable=SC2086
 RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) cuda one --backend nccl \
