@@ -420,6 +420,10 @@ static int prepare_device(run *r, error_text *e) {
                          fp32                                    ? "device cpu"
                          : o->precision == CHOICE_PRECISION_BF16 ? "precision bf16"
                                                                  : "precision fp16");
+    if (o->matmul == CHOICE_MATMUL_OPENBLAS && !fp32)
+        return error_set(
+            e, "--matmul openblas: found --precision %s, expected fp32, as it has no product of 16 bits",
+            options_choice(&train_table, o, &o->precision).text);
     int offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER;
     const char *unrecorded = o->device == CHOICE_DEVICE_CPU ? "--device cpu, expected cuda"
                              : offload ? "--offload optimizer, expected none, as the host takes no part"
@@ -456,7 +460,8 @@ static int open_device(const run *r, rt_rank *rank, error_text *e) {
 #ifdef HAVE_CUDA
     if (r->device == &vit_cuda) vit_cuda_products(rank, r->o.tf32, r->o.deterministic);
 #endif
-    return r->device == &vit_cpu ? vit_cpu_matmul(rank, (vit_matmul)r->o.matmul, e) : 0;
+    vit_matmul matmul = r->o.precision == CHOICE_PRECISION_FP32 ? (vit_matmul)r->o.matmul : VIT_MATMUL_OWN;
+    return r->device == &vit_cpu ? vit_cpu_matmul(rank, matmul, e) : 0;
 }
 
 /* Bytes of memory that all ranks may have, if other hosts have what this one has. */

@@ -124,6 +124,8 @@ if "$train" env --device cuda >"$work/stdout" 2>&1; then skip "usage: no GPU" "t
     refused "no GPU" "(no CUDA device|CUDA driver is too old|not built with CUDA)" --device cuda --backend local
 fi
 
+refused "16 bits by OpenBLAS" "--matmul openblas: found --precision bf16, expected fp32" --matmul openblas \
+    --precision bf16
 refused "TF32 on a CPU" "--tf32: found --device cpu, expected --device cuda and --precision fp32" --tf32
 refused "TF32 of bf16" "--tf32: found --precision bf16, expected" --tf32 --device cuda \
     --backend local --precision bf16
