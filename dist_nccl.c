@@ -1,8 +1,8 @@
-/* dist_nccl.c - the transport over NCCL (dist_nccl.h): what is posted goes to the rank's communication stream
- * at once, one NCCL call a collective; the stream and its events (runtime.h) order it with the computation.
- * NCCL's unique id travels over the rendezvous. A thread watches NCCL and the other processes: on a failure it
- * aborts the communicator, so that kernels which wait for a lost rank end, and with them whoever waits for
- * these. */
+/* dist_nccl.c - the transport over NCCL (dist_nccl.h): what is posted goes to the rank's communication
+ * stream at once, one NCCL call a collective; the stream and its events (runtime.h) order it with the
+ * computation. NCCL's unique id travels over the rendezvous. A thread watches NCCL and the other
+ * processes: on a failure it aborts the communicator, so that kernels which wait for a lost rank end, and
+ * with them whoever waits for these. */
 #include "dist_nccl.h"
 #include "rendezvous.h"
 
@@ -41,7 +41,8 @@ static void fail(dist_nccl *n, int speaks, const char *why) {
     n->comm = NULL;
 }
 
-/* Until NCCL, whose calls do not block here, has accepted one. -1: the world has failed; the watcher says why. */
+/* Until NCCL, whose calls do not block here, has accepted one. -1: the world has failed; the watcher says
+ * why. */
 static int settle(dist_nccl *n, ncclResult_t result) {
     rt_world *w = n->hub.world;
     for (double begin = rt_seconds();; rt_seconds() - begin < 1e-3 ? sched_yield() : usleep(100)) {

@@ -53,7 +53,7 @@ typedef struct {
     tcp_work work[DIST_QUEUE];
 } dist_tcp;
 
-/* ------------------------------------------------------------------------------------------------- failures */
+/* ----------------------------------------------------------------------------------------------- failures */
 
 /* A peer is gone. If it failed itself, or somebody else before it, its control connection says so. */
 static void lose(dist_tcp *t, int r, const char *how) {
@@ -84,7 +84,7 @@ static void silence(dist_tcp *t) {
         t->speaks = 1;
 }
 
-/* -------------------------------------------------------------------------------------------- moving bytes */
+/* ------------------------------------------------------------------------------------------- moving bytes */
 
 /* Where rank r's part of a call begins in the payload, and its bytes. */
 static size_t part(const dist_tcp *t, const dist_entry *x, int r, size_t *bytes) {
@@ -302,7 +302,7 @@ static void *carry_out(void *argument) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------ interface */
+/* ---------------------------------------------------------------------------------------------- interface */
 
 static int tcp_agree(dist_process *p, int failed, error_text *e, char *shared, size_t size) {
     return rendezvous_agree(((dist_tcp *)p)->meeting, failed, e, shared, size);

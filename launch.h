@@ -1,13 +1,13 @@
-/* launch.h - which rank this process is, as torchrun, srun, mpirun or this program itself (spawn.h) tell it in
- * the environment.
+/* launch.h - which rank this process is, as torchrun, srun, mpirun or this program itself (spawn.h) tell
+ * it in the environment.
  *
  *     launch l;
  *     if (launch_find(&l, &e)) ...        // l.launcher NULL: nobody has started this process as a rank
  *
- * torchrun, or a loop in a shell: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. srun: SLURM_PROCID,
- * but only where SLURM_STEP_ID is set too, as a batch script has the former itself; the master is the first
- * host of the list unless MASTER_ADDR names it. mpirun: OMPI_COMM_WORLD_RANK or PMI_RANK.
- */
+ * torchrun, or a loop in a shell: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. srun:
+ * SLURM_PROCID, but only where SLURM_STEP_ID is set too, as a batch script has the former itself; the
+ * master is the first host of the list unless MASTER_ADDR names it. mpirun: OMPI_COMM_WORLD_RANK or
+ * PMI_RANK. */
 #ifndef LAUNCH_H
 #define LAUNCH_H
 

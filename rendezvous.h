@@ -5,8 +5,8 @@
  *     rendezvous_connect(z, fd, &e);                                             // a socket to every other
  *     rendezvous_close(z);
  *
- * One process is one rank. Rank 0 keeps a connection to every other, the control connection; all that is said
- * here goes over it. */
+ * One process is one rank. Rank 0 keeps a connection to every other, the control connection; all that is
+ * said here goes over it. */
 #ifndef RENDEZVOUS_H
 #define RENDEZVOUS_H
 
@@ -41,8 +41,8 @@ int rendezvous_connect(rendezvous *z, int *fd, error_text *e);
  * process will print it. */
 void rendezvous_tell(rendezvous *z, const char *failure, int speaks);
 
-/* Looks, without waiting: a rank that has failed or gone, as far as this one is connected to it; -1: none. One
- * that waits in rendezvous_agree has not. */
+/* Looks, without waiting: a rank that has failed or gone, as far as this one is connected to it; -1: none.
+ * One that waits in rendezvous_agree has not. */
 int rendezvous_gone(rendezvous *z);
 
 /* After a run that ended well here; every such rank calls it. -1: some rank has not ended well, and *speaks:

@@ -138,9 +138,9 @@ typedef struct rt_rank {
     struct rt_world *world;
     rt_stream stream[RT_STREAMS];
     rt_ledger ledger;
-    int threads;                                       /* threads that this rank's operations may use */
-    void *device;                                      /* the device's own state of this rank */
-    void *arena;                                       /* what the device has set aside for it, or NULL */
+    int threads;  /* threads that this rank's operations may use */
+    void *device; /* the device's own state of this rank */
+    void *arena;  /* what the device has set aside for it, or NULL */
     size_t arena_size;
     void *(*allocate)(struct rt_rank *, size_t bytes); /* zeroed, 64-byte aligned; NULL: no more */
     void (*release)(struct rt_rank *, void *, size_t bytes);

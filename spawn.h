@@ -3,13 +3,12 @@
  *     int status = spawn_ranks(argv, 4, &e);       // when all have ended; e.text "": what there is to say is said
  *
  * A rank finds its place in the environment as under torchrun (launch.h): RANK, LOCAL_RANK, WORLD_SIZE,
- * MASTER_ADDR, MASTER_PORT. The ranks end together: SIGINT and SIGTERM are passed on to all, each time they
- * come; when one fails, the others have SPAWN_GRACE_S seconds to notice it before they are killed; and when
- * this process dies they are told by SIGTERM.
+ * MASTER_ADDR, MASTER_PORT. The ranks end together: SIGINT and SIGTERM are passed on to all, each time
+ * they come; when one fails, the others have SPAWN_GRACE_S seconds to notice it before they are killed;
+ * and when this process dies they are told by SIGTERM.
  *
- * One error line in all: the right to write it is a byte in a pipe, TRAIN_TURN, which the first rank that has
- * something to say reads (launch_takes_turn). If nobody has, this process does.
- */
+ * One error line in all: the right to write it is a byte in a pipe, TRAIN_TURN, which the first rank that
+ * has something to say reads (launch_takes_turn). If nobody has, this process does. */
 #ifndef SPAWN_H
 #define SPAWN_H
 

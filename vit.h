@@ -202,7 +202,8 @@ typedef struct vit_device {
     /* Only of devices with memory of their own, else NULL. Bytes of it that are free, and that there are,
      * where ranks first .. first + ranks - 1 of this host would compute; -1: they cannot, and why. */
     int (*memory)(int first, int ranks, double *unused, double *total, error_text *e);
-    /* One line for each device that this machine has, after one on the driver. -1: none can be used, and why. */
+    /* One line for each device that this machine has, after one on the driver. -1: none can be used, and
+     * why. */
     int (*list)(FILE *out, error_text *e);
     /* Sets aside, at once, the memory that rt_alloc will hand out from now on: that of this ledger (from
      * dist_estimate). -1: there is not so much. */
@@ -234,9 +235,9 @@ extern const vit_device vit_cuda; /* vit_cuda.cu; only where nvcc was found */
 typedef enum { VIT_MATMUL_AUTO, VIT_MATMUL_OWN, VIT_MATMUL_OPENBLAS } vit_matmul;
 int vit_cpu_matmul(rt_rank *rank, vit_matmul choice, error_text *e); /* after open; -1: not built with it */
 const char *vit_cpu_description(const rt_rank *rank);                /* "own product, AVX-512 14x32" */
-/* How a CUDA rank multiplies matrices from now on; after open, before the first product. tf32: fp32 products
- * round their factors to TF32. first_algorithm: not the fastest for a shape, which is a matter of timing, but the
- * first that works, so that all runs give the same bits. */
+/* How a CUDA rank multiplies matrices from now on; after open, before the first product. tf32: fp32
+ * products round their factors to TF32. first_algorithm: not the fastest for a shape, which is a matter of
+ * timing, but the first that works, so that all runs give the same bits. */
 void vit_cuda_products(rt_rank *rank, int tf32, int first_algorithm);
 
 /* -------------------------------------------------------------------------------------- tensors and units */

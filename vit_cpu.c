@@ -92,7 +92,7 @@ static void copy_out(rt_stream *s, void *to, rt_block from) {
     memcpy(to, from.data, from.count * rt_type_size(from.type));
 }
 
-/* ---------------------------------------------------------------------------------------- numbers of 16 bits */
+/* ------------------------------------------------------------------------------------- numbers of 16 bits */
 
 /* Operations work on floats. Those of an fp32 block are used in place; those of a bf16 or fp16 block are
  * widened into a buffer of the thread, a row or a run of elements at a time, and results rounded on their

@@ -1970,8 +1970,8 @@ static int open_streams(rt_rank *rank, cuda_state *c) {
                : 0;
 }
 
-/* The r-th rank of this host computes on GPU r % count. Ranks on several GPUs of one process read each other's
- * memory in sum_buffers. */
+/* The r-th rank of this host computes on GPU r % count. Ranks on several GPUs of one process read each
+ * other's memory in sum_buffers. */
 static int cuda_open(rt_rank *rank, error_text *e) {
     int count, runtime = 0;
     if (count_devices(&count, e)) return -1;

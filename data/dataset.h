@@ -22,9 +22,9 @@
 #include "data/mnist.h"
 #include "data/transform.h"
 
-/* Tells the kind by the names that lie in the directory; digits where path is NULL. A directory of nothing but
- * folders is an ImageFolder. Fails on a directory that is missing, unreadable, empty, of no known kind, or of
- * more than one. */
+/* Tells the kind by the names that lie in the directory; digits where path is NULL. A directory of nothing
+ * but folders is an ImageFolder. Fails on a directory that is missing, unreadable, empty, of no known
+ * kind, or of more than one. */
 static inline int dataset_detect(const char *path, dataset_kind *kind, error_text *e) {
     static const char expected[] = "expected MNIST (train-images-idx3-ubyte, plain or .gz), CIFAR-10 "
                                    "(data_batch_*.bin) or an ImageFolder (train/ and val/)";
@@ -237,8 +237,8 @@ static inline int dataset_augments(const dataset *d, augmentation how) {
     return how == AUGMENTATION_BASIC && d->kind == DATASET_CIFAR10;
 }
 
-/* Image `index` of a data set in memory. With augmentation: padded with 4 zero pixels on every side, cropped to
- * its size, and mirrored with probability 1/2. */
+/* Image `index` of a data set in memory. With augmentation: padded with 4 zero pixels on every side,
+ * cropped to its size, and mirrored with probability 1/2. */
 static inline int dataset_image(const dataset *d, size_t index, augmentation how, uint64_t key, image *out,
                                 error_text *e) {
     const ptrdiff_t height = (ptrdiff_t)d->height, width = (ptrdiff_t)d->width, padding = 4;

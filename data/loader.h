@@ -10,11 +10,11 @@
  *     }
  *     loader_close(&l);
  *
- * A worker takes the next sample, not the next batch, so that a batch is ready as early as can be. A sample is
- * a pure function of its batch and place: what comes out does not depend on the number of workers or their
- * order, nor does the error that is reported, that of the first sample which fails. Without workers the
- * caller draws, when it asks. At most LOADER_DEPTH batches exist at a time: the caller's and those ahead.
- */
+ * A worker takes the next sample, not the next batch, so that a batch is ready as early as can be. A
+ * sample is a pure function of its batch and place: what comes out does not depend on the number of
+ * workers or their order, nor does the error that is reported, that of the first sample which fails.
+ * Without workers the caller draws, when it asks. At most LOADER_DEPTH batches exist at a time: the
+ * caller's and those ahead. */
 #ifndef DATA_LOADER_H
 #define DATA_LOADER_H
 
@@ -25,8 +25,8 @@
 
 enum { LOADER_DEPTH = 3, LOADER_WORKERS = 256 };
 
-/* Draws sample b of a batch: its image [pixels], label, and the key of its own randomness. Called from several
- * threads at once. */
+/* Draws sample b of a batch: its image [pixels], label, and the key of its own randomness. Called from
+ * several threads at once. */
 typedef int loader_draw(const void *context, size_t batch, size_t b, float *image, int32_t *label,
                         uint64_t *key, error_text *e);
 

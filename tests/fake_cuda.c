@@ -1,5 +1,6 @@
-/* fake_cuda.c - to be preloaded where there is no GPU: a CUDA runtime with one device, as far as the program asks
- * before it computes. FAKE_CUDA: "old", its driver is; "arch", it cannot run the program's kernels. */
+/* fake_cuda.c - to be preloaded where there is no GPU: a CUDA runtime with one device, as far as the
+ * program asks before it computes. FAKE_CUDA: "old", its driver is; "arch", it cannot run the program's
+ * kernels. */
 #include <cuda_runtime_api.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,10 +1,10 @@
-/* fake_nccl.c - a second implementation of NCCL's interface and of the CUDA device, for machines without a GPU:
- * memory is the host's, operations are vit_cpu's, and collectives go through memory that the processes share,
- * carried out behind the host, in order, by a thread that stands for the communication stream. Sums are in rank
- * order, so that all numbers must equal the local transport's.
+/* fake_nccl.c - a second implementation of NCCL's interface and of the CUDA device, for machines without a
+ * GPU: memory is the host's, operations are vit_cpu's, and collectives go through memory that the
+ * processes share, carried out behind the host, in order, by a thread that stands for the communication
+ * stream. Sums are in rank order, so that all numbers must equal the local transport's.
  *
- * FAKE_CUDA_DEVICES: how many devices there are (4). FAKE_NCCL_FAIL=RANK:N: NCCL reports an asynchronous error
- * on that rank after its N-th collective. */
+ * FAKE_CUDA_DEVICES: how many devices there are (4). FAKE_NCCL_FAIL=RANK:N: NCCL reports an asynchronous
+ * error on that rank after its N-th collective. */
 #define _GNU_SOURCE
 #define vit_cuda vit_cuda_declared /* vit.h declares it const */
 #include "vit.h"
@@ -50,7 +50,7 @@ struct ncclComm {
 
 static struct ncclComm *the_comm; /* of this process: events are positions in its queue */
 
-/* ---------------------------------------------------------------------------------------------- collectives */
+/* -------------------------------------------------------------------------------------------- collectives */
 
 /* Until all ranks have come to the same meeting. -1: aborted. */
 static int meet(struct ncclComm *c) {
@@ -176,7 +176,7 @@ ncclResult_t ncclRecv(void *out, size_t n, ncclDataType_t type, int peer, ncclCo
 ncclResult_t ncclGroupStart(void) { return ncclSuccess; }
 ncclResult_t ncclGroupEnd(void) { return ncclSuccess; }
 
-/* --------------------------------------------------------------------------------------------- communicators */
+/* ------------------------------------------------------------------------------------------ communicators */
 
 /* The id is the name of the file that the processes share. */
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
@@ -250,7 +250,7 @@ const char *ncclGetLastError(ncclComm_t c) {
     return "an error (fake)";
 }
 
-/* ------------------------------------------------------------------------------------------------ the device */
+/* --------------------------------------------------------------------------------------------- the device */
 
 cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }

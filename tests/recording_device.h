@@ -1,5 +1,5 @@
-/* recording_device.h - vit_cpu that can record what is launched and replay it, as CUDA graphs do: between capture and
- * captured an operation is not run but kept, with its arguments. For one rank. */
+/* recording_device.h - vit_cpu that can record what is launched and replay it, as CUDA graphs do: between
+ * capture and captured an operation is not run but kept, with its arguments. For one rank. */
 #ifndef RECORDING_DEVICE_H
 #define RECORDING_DEVICE_H
 

@@ -35,7 +35,8 @@ static void open_equal(compare *c, const char *list, char weights[40000]) {
     for (int i = 0; i < 40000; i++) weights[i] = (char)(i % 251);
     for (size_t i = 0; i < c->count; i++) {
         for (int t = 0; t < STEPS; t++)
-            compare_add_step(&c->result[i], &(dist_result){.loss = loss[t], .gradient_norm = 0.1 * loss[t]}, seconds[t]);
+            compare_add_step(&c->result[i], &(dist_result){.loss = loss[t], .gradient_norm = 0.1 * loss[t]},
+                             seconds[t]);
         write_weights(c->result[i].strategy, weights, 40000);
     }
 }

@@ -1,6 +1,6 @@
-/* test_cuda.c - vit_cuda in fp32, bf16 and fp16 against the naive device in double: attention, whose 16-bit kernels
- * are for heads of 64 and 80, and the gradients of a small model. Other operations: tests/test_ops.c. Needs a GPU.
- */
+/* test_cuda.c - vit_cuda in fp32, bf16 and fp16 against the naive device in double: attention, whose
+ * 16-bit kernels are for heads of 64 and 80, and the gradients of a small model. Other operations:
+ * tests/test_ops.c. Needs a GPU. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -819,7 +819,7 @@ static void worlds_of_all_sizes_come_one_after_another(void **state) {
     for (int i = 0; i < 300; i++) assert_string_equal(run(1 + i % MOST_RANKS, sum_body, &caller).message, "");
 }
 
-/* ---------------------------------------------------------------------------------------- numbers of 16 bits */
+/* ------------------------------------------------------------------------------------- numbers of 16 bits */
 
 static uint16_t narrowed(double x, rt_type type) {
     float from = (float)x;

@@ -102,7 +102,7 @@ static void play(scene s, int status[], char said[4096]) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------ the numbers */
+/* -------------------------------------------------------------------------------------------- the numbers */
 
 /* Rank r's i-th number: any float; small whole numbers for 16 bits, whose sums are exact. */
 static float number(rt_type type, int r, size_t i) {
