@@ -212,9 +212,14 @@ export SLURM_CONF="$slurm/slurm.conf" MASTER_ADDR=127.0.0.1 # the nodes' names a
 slurmctld -f "$SLURM_CONF"
 for i in 0 1 2 3; do slurmd -f "$SLURM_CONF" -N n$i; done
 for _ in $(seq 50); do
-    [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 4 ] && break
+    idle=$(sinfo -h -t idle -o %D 2>/dev/null)
+    [ "$idle" = 4 ] && break
     sleep 0.2
 done
+if [ "$idle" != 4 ]; then
+    skip "Slurm" "its four nodes do not come up on this machine: $(tail -qn 1 "$slurm"/*.log | head -1)"
+    exit $failed
+fi
 
 # submit NAME SECONDS OPTIONS OF ./train...: the batch script, with results in NAME-ddp and NAME-zero3, SIGTERM so
 # many seconds before the limit of a minute, and its own port. Prints the number of the job.
