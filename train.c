@@ -310,15 +310,19 @@ static size_t steps_of_epochs(const run *r) {
 /* How many of the ranks run on this host. */
 static size_t ranks_here(const run *r) { return r->process ? (size_t)r->launch.local_size : r->ranks; }
 
+/* The cores of this host, shared by its ranks. */
+static void prepare_threads(run *r) {
+    size_t cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN), here = ranks_here(r);
+    if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > here ? cores / here : 1;
+}
+
 /* Fills in every default that depends on something else; config.json shows what came of it. */
 static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     train_options *o = &r->o;
     vit_config *c = &r->config;
     if (*r->resumed && resume_batch(r, e)) return -1;
-    size_t n = r->ranks = o->nproc_per_node, cores = (size_t)sysconf(_SC_NPROCESSORS_ONLN),
-           M = o->gradient_accumulation_steps;
-    size_t here = ranks_here(r);
-    if (o->threads_per_rank == SIZE_MAX) o->threads_per_rank = cores > here ? cores / here : 1;
+    size_t n = r->ranks = o->nproc_per_node, M = o->gradient_accumulation_steps;
+    prepare_threads(r);
     if (o->strategy < 0) o->strategy = n > 1 ? CHOICE_STRATEGY_DDP : CHOICE_STRATEGY_SINGLE;
     if (o->backend < 0) o->backend = CHOICE_BACKEND_LOCAL;
     if (o->reduce_dtype < 0) o->reduce_dtype = o->precision;
@@ -410,6 +414,13 @@ static dist_options distribution(const run *r) {
                           .counts = counts > totals ? counts : totals};
 }
 
+/* Bytes that are free, and that there are, in the memory of the devices of this process's ranks, where they
+ * have their own. -1: they cannot have them, and why. */
+static int device_memory(const run *r, double *unused, double *total, error_text *e) {
+    int first = r->process ? r->launch.local_rank : 0, ranks = r->process ? 1 : (int)r->o.nproc_per_node;
+    return r->device->memory(first, ranks, unused, total, e);
+}
+
 /* The device that --device names. */
 static int prepare_device(run *r, error_text *e) {
     const train_options *o = &r->o;
@@ -443,11 +454,9 @@ static int prepare_device(run *r, error_text *e) {
                          "which ranks of one process share the GPUs",
                          options_choice(&train_table, o, &o->backend).text);
     double unused, total;
-    int ranks = (int)o->nproc_per_node;
-    if (r->process) return vit_cuda.memory(r->launch.local_rank, 1, &unused, &total, e);
-    if (o->backend == CHOICE_BACKEND_NCCL) /* of processes to come: is there a device for the last? */
-        return vit_cuda.memory(ranks - 1, 0, &unused, &total, e);
-    return vit_cuda.memory(0, ranks, &unused, &total, e);
+    if (!r->process && o->backend == CHOICE_BACKEND_NCCL) /* of processes to come: one for the last? */
+        return vit_cuda.memory((int)o->nproc_per_node - 1, 0, &unused, &total, e);
+    return device_memory(r, &unused, &total, e);
 #else
     return error_set(e, "--device cuda: this program was not built with CUDA (make found no nvcc)");
 #endif
@@ -469,9 +478,8 @@ static double available_bytes(const run *r) {
     double unused = 0, total;
     error_text ignored;
     if (!r->device->memory) return report_available_bytes() * (double)r->ranks / (double)ranks_here(r);
-    if (!r->process) return r->device->memory(0, (int)r->ranks, &unused, &total, &ignored), unused;
-    r->device->memory(r->launch.local_rank, 1, &unused, &total, &ignored);
-    return unused * (double)r->ranks;
+    device_memory(r, &unused, &total, &ignored);
+    return r->process ? unused * (double)r->ranks : unused;
 }
 
 /* What cannot fit is refused at once: a system that promises memory that it has not kills who uses it. */
@@ -1103,8 +1111,8 @@ static void report_card(const trainer *t, const int64_t *all, size_t length) {
     double unused, total, ledger = 0;
     error_text e;
     const run *r = t->r;
-    int own = r->process ? r->launch.local_rank : 0, here = r->process ? 1 : (int)r->ranks;
-    if (!r->device->memory || r->device->memory(own, here, &unused, &total, &e)) return;
+    int here = r->process ? 1 : (int)r->ranks;
+    if (!r->device->memory || device_memory(r, &unused, &total, &e)) return;
     for (int k = 0; k < here; k++) /* of one process a GPU: rank 0's */
         for (int c = 0; c < RT_HOST_MEMORY; c++) ledger += (double)all[length * (size_t)k + 2 * (size_t)c];
     fprintf(stderr, "%-16s %14.0f\n%-16s %14.0f\n%-16s %14.0f  %s\n", "GPU, in use", total - unused,
@@ -1660,8 +1668,7 @@ static int command_env(run *r, error_text *e, char **table) {
     uname(&host);
     r->ranks = r->o.nproc_per_node;
     if (prepare_device(r, e)) return -1;
-    size_t here = ranks_here(r);
-    if (r->o.threads_per_rank == SIZE_MAX) r->o.threads_per_rank = cores > here ? cores / here : 1;
+    prepare_threads(r);
     if (r->launch.rank) return run_ranks(r, env_body, e, table); /* rank 0 says it */
     printf("version            %s\nhost               %s, %s %s\ncores              %zu\nmemory             "
            "%.1f GB\n",

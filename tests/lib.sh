@@ -13,6 +13,14 @@ bad() { echo "not ok $1: $2"; failed=1; }
 skip() { echo "skip $1: $2"; }
 verdict() { if [ -z "$2" ]; then ok "$1"; else bad "$1" "$2"; fi; } # NAME WHAT-IS-WRONG
 
+# What differs between the weights or the optimizer state of two runs of 4 steps in $work: difference ONE OTHER
+difference() {
+    for file in model optimizer; do
+        file=checkpoints/step-00000004/$file.safetensors
+        cmp -s "$work/$1/$file" "$work/$2/$file" || echo "$file of $1 differs from that of $2"
+    done
+}
+
 # Escapes of so many bytes below a modulus, for printf %b: bytes COUNT MODULUS SEED (a linear congruence).
 bytes() {
     awk -v n="$1" -v m="$2" -v x="$3" 'BEGIN { for (i = 0; i < n; i++) {

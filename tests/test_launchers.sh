@@ -16,14 +16,6 @@ local_run() {
     "$train" --nproc-per-node "$ranks" $digits "$@" --quiet --output-dir "$work/$name" >/dev/null 2>&1
 }
 
-# difference ONE OTHER [STEP]: between the weights and optimizer state of two runs
-difference() {
-    for file in model optimizer; do
-        file=checkpoints/step-${3:-00000004}/$file.safetensors
-        cmp -s "$work/$1/$file" "$work/$2/$file" || echo "$file differs from the local transport's"
-    done
-}
-
 # dead NAME STATUS: the launcher failed, and one line says which rank was lost
 dead() {
     wrong=""

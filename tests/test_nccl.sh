@@ -20,11 +20,7 @@ for n in 2 3; do
         cuda nccl --nproc-per-node $n --strategy $strategy $options
         # shellcheck disable=SC2086
         "$train" --nproc-per-node $n --strategy $strategy $options --output-dir "$work/local" >/dev/null 2>&1
-        wrong=""
-        for file in model optimizer; do
-            file=checkpoints/step-00000004/$file.safetensors
-            cmp -s "$work/nccl/$file" "$work/local/$file" || wrong="$file differs from the local transport's"
-        done
+        wrong=$(difference nccl local)
         grep -q '"backend":[[:space:]]*"nccl"' "$work/nccl/config.json" || wrong="it was not over NCCL"
         verdict "$strategy on $n processes" "$wrong"
         rm -rf "$work/nccl" "$work/local"
@@ -35,8 +31,7 @@ cuda half --nproc-per-node 2 --strategy zero3 --precision bf16 $options
 # shellcheck disable=SC2086
 "$train" --nproc-per-node 2 --strategy zero3 --precision bf16 $options --output-dir "$work/half-local" \
     >/dev/null 2>&1
-verdict "zero3 in bf16" "$(cmp "$work/half/checkpoints/step-00000004/model.safetensors" \
-    "$work/half-local/checkpoints/step-00000004/model.safetensors" 2>&1)"
+verdict "zero3 in bf16" "$(difference half half-local)"
 
 # the optimizer in host memory: the same files, and the ledger says where it lies
 for run in "1 single fp32" "2 ddp bf16" "2 zero1 fp16" "2 zero3 fp32"; do
@@ -46,11 +41,7 @@ for run in "1 single fp32" "2 ddp bf16" "2 zero1 fp16" "2 zero3 fp32"; do
     cuda offload --offload optimizer --nproc-per-node $1 --strategy $2 --precision $3 $options
     # shellcheck disable=SC2086
     "$train" --nproc-per-node $1 --strategy $2 --precision $3 $options --output-dir "$work/local" >/dev/null 2>&1
-    wrong=""
-    for file in model optimizer; do
-        file=checkpoints/step-00000004/$file.safetensors
-        cmp -s "$work/offload/$file" "$work/local/$file" || wrong="$file differs from that without offload"
-    done
+    wrong=$(difference offload local)
     here=$(jq -s "map(select(.event == \"memory\" and .optimizer_bytes == 0 and .host_bytes > 0)) | length" \
         "$work/offload/metrics.jsonl")
     [ "$here" = "$1" ] || wrong="found $here lines of memory with an optimizer on the host, expected $1"
@@ -64,8 +55,7 @@ RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) cud
     --strategy zero3 $options
 # shellcheck disable=SC2086
 "$train" --strategy single $options --output-dir "$work/one-local" >/dev/null 2>&1
-verdict "one rank" "$(cmp "$work/one/checkpoints/step-00000004/model.safetensors" \
-    "$work/one-local/checkpoints/step-00000004/model.safetensors" 2>&1)"
+verdict "one rank" "$(difference one one-local)"
 
 export NCCL_DEBUG=WARN NCCL_SOCKET_IFNAME=lo
 # shellcheck disable=SC2086
@@ -145,6 +135,5 @@ verdict "no NVML: a warning, and no figures" "$wrong"
 "$train" --backend tcp --nproc-per-node 3 --strategy zero2 $options --output-dir "$work/tcp" >/dev/null 2>&1
 # shellcheck disable=SC2086
 "$train" --nproc-per-node 3 --strategy zero2 $options --output-dir "$work/threads" >/dev/null 2>&1
-verdict "--backend tcp --nproc-per-node 3" "$(cmp "$work/tcp/checkpoints/step-00000004/model.safetensors" \
-    "$work/threads/checkpoints/step-00000004/model.safetensors" 2>&1)"
+verdict "--backend tcp --nproc-per-node 3" "$(difference tcp threads)"
 exit $failed

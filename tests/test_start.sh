@@ -11,11 +11,7 @@ for strategy in dp ddp zero1 zero2 zero3; do
     wrong=$([ $? = 0 ] || echo "exit status not 0: $(head -1 "$work/err")")
     # shellcheck disable=SC2086
     "$train" "$@" $common --output-dir "$work/local" >/dev/null 2>&1
-    for file in model optimizer; do
-        file=checkpoints/step-00000004/$file.safetensors
-        cmp -s "$work/tcp/$file" "$work/local/$file" || wrong="$file differs from the local transport's"
-    done
-    verdict "$strategy on 3 processes" "$wrong"
+    verdict "$strategy on 3 processes" "$wrong$(difference tcp local)"
     rm -rf "$work/tcp" "$work/local"
 done
 
