@@ -23,9 +23,9 @@
  * knows no rank but its own and no strategy; dist.h runs the same units.
  *
  * The architecture is timm's VisionTransformer (Dosovitskiy et al. 2020, arXiv 2010.11929): pre-LN blocks,
- * exact erf GELU, qkv with bias packed q | k | v, each head by head, a class token, learned positions,
- * drop-path (stochastic depth), a final LayerNorm, a linear head. The head reads the class token alone, so
- * the last block computes, beyond keys and values of all tokens, only what that token needs.
+ * GELU (exact, or by tanh), qkv with bias packed q | k | v, each head by head, a class token, learned
+ * positions, drop-path (stochastic depth), a final LayerNorm, a linear head. The head reads the class token
+ * alone, so the last block computes, beyond keys and values of all tokens, only what that token needs.
  * Letters in shapes: B images of a micro-batch, C channels, P patch side, N patches, T = N + 1 tokens, Q of
  * them that go on, D embedding size, H heads, F hidden size of the MLP, V classes. Everything is row-major.
  *
@@ -44,18 +44,23 @@
 
 /* ----------------------------------------------------------------------------------------- configurations */
 
+/* GELU(x) = x (1 + erf(x / sqrt 2)) / 2, or x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, which is off
+ * by up to 5e-4 (Hendrycks and Gimpel 2016, arXiv 1606.08415). */
+typedef enum { VIT_GELU_ERF, VIT_GELU_TANH } vit_gelu;
+
 typedef struct vit_config {
     char name[64]; /* the timm name that it began as */
     size_t image_height, image_width, channels, patch_size;
     size_t embed_dim, depth, num_heads, num_classes;
     double mlp_ratio;       /* F = (size_t)(embed_dim * mlp_ratio), as timm's int() */
     double layer_norm_eps;  /* timm 1e-6, Hugging Face 1e-12 */
+    vit_gelu gelu;          /* of the MLP */
     double drop_path;       /* rate of the last block; it grows linearly from 0 in the first */
     double label_smoothing; /* of the loss */
     int freeze_backbone;    /* only head.weight and head.bias are optimised */
 } vit_config;
 
-/* The configuration of a timm model (3 channels, 1000 classes, eps 1e-6). -1: no such name. */
+/* The configuration of a timm model (3 channels, 1000 classes, eps 1e-6, exact GELU). -1: no such name. */
 int vit_config_named(vit_config *config, const char *name, error_text *e);
 
 /* Names of the built-in configurations, in order of size; NULL after the last. */
@@ -109,14 +114,14 @@ typedef struct vit_device {
     size_t (*attention_saved)(size_t B, size_t T, size_t Q, size_t H, size_t head_dim);
 
     /* y [rows, out] = x [rows, in] w [out, in]^T + b [out]. With pre [rows, out]: pre takes that, y =
-     * gelu(pre). */
+     * gelu(pre) in the form asked for. */
     void (*linear_forward)(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
-                           size_t rows, size_t in, size_t out);
+                           size_t rows, size_t in, size_t out, vit_gelu form);
     /* dw [out, in] = dy^T x, db [out] = column sums of dy, dx [rows, in] (optional) = dy w. With pre
      * [rows, in], of which x was gelu(pre) and need not have been kept: x = gelu(pre), dx (then not
      * optional) = (dy w) * gelu'(pre). */
     void (*linear_backward)(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
-                            rt_block w, rt_block pre, size_t rows, size_t in, size_t out);
+                            rt_block w, rt_block pre, size_t rows, size_t in, size_t out, vit_gelu form);
 
     /* y [rows, dim] = (x - mean) * rstd * gamma + beta, rstd = 1 / sqrt(variance + eps); mean and rstd [rows]
      * (at least fp32) are kept for backward. */
@@ -651,7 +656,8 @@ static void vit__linear_forward(const vit_context *c, rt_block y, rt_block pre, 
                                 rt_block b, size_t rows, size_t in, size_t out) {
     VIT__RUN(c, linear_forward, RT_BLOCKS(x, w, b), RT_BLOCKS(y, pre),
              2. * (double)rows * (double)in * (double)out,
-             vit__bytes(x) + vit__bytes(w) + vit__bytes(y) + vit__bytes(pre), y, pre, x, w, b, rows, in, out);
+             vit__bytes(x) + vit__bytes(w) + vit__bytes(y) + vit__bytes(pre), y, pre, x, w, b, rows, in, out,
+             c->model->config.gelu);
 }
 
 static void vit__linear_backward(const vit_context *c, rt_block dx, rt_block dw, rt_block db, rt_block dy,
@@ -661,7 +667,7 @@ static void vit__linear_backward(const vit_context *c, rt_block dx, rt_block dw,
              (dx.data ? 4. : 2.) * (double)rows * (double)in * (double)out,
              2 * vit__bytes(dy) + vit__bytes(x) + vit__bytes(w) + vit__bytes(dw) + vit__bytes(dx) +
                  vit__bytes(pre),
-             dx, dw, db, dy, x, w, pre, rows, in, out);
+             dx, dw, db, dy, x, w, pre, rows, in, out, c->model->config.gelu);
 }
 
 static void vit__layernorm_forward(const vit_context *c, rt_block y, rt_block mean, rt_block rstd, rt_block x,

@@ -202,11 +202,27 @@ INLINE float normal_distribution(float x, float *e) {
 }
 
 /* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, and its derivative Phi(x) + x exp(-x^2/2) / sqrt(2 pi). */
-INLINE float gelu(float x, float *derivative) {
+INLINE float gelu_erf(float x, float *derivative) {
     float e;
     const float phi = normal_distribution(x, &e);
     *derivative = phi + x * e * 0.398942280f;
     return x * phi;
+}
+
+/* x S(u) = x (1 + tanh(u / 2)) / 2 with u = sqrt(8 / pi) (x + 0.044715 x^3) and S(u) = 1 / (1 + exp(-u)), and
+ * its derivative S(u) + x u' S(u) S(-u). With e = exp(-|u|), S(|u|) = 1 / (1 + e), S(-|u|) = e / (1 + e). */
+INLINE float gelu_tanh(float x, float *derivative) {
+    float t = fabsf(x);
+    t = t > 16 ? 16 : t; /* e is 0 there; powers of t must not overflow */
+    const float e = exp_negative(-1.59576912f * (t + 0.044715f * t * t * t));
+    const float above = 1 / (1 + e), below = e * above, s = x < 0 ? below : above;
+    *derivative = s + x * (above * below) * (1.59576912f + 0.214064449f * t * t);
+    return x * s;
+}
+
+/* The form is known when compiled. */
+INLINE float gelu(const vit_gelu form, float x, float *derivative) {
+    return form == VIT_GELU_TANH ? gelu_tanh(x, derivative) : gelu_erf(x, derivative);
 }
 
 /* ------------------------------------------------------------------------------------- the matrix product */
@@ -429,6 +445,7 @@ typedef struct product {
     rt_block pre;  /* [M, N] */
     rt_block y;    /* [M, N] */
     rt_block sums; /* [M] = the sums of a's rows, if asked for; a is then transposed */
+    vit_gelu form; /* of the epilogue */
 } product;
 
 /* Tiles of the busiest thread if `down` x `across` threads share them. */
@@ -612,8 +629,8 @@ static void add_bias(const product *p, float *c, size_t ldc, size_t i0, size_t j
     }
 }
 
-static void add_bias_then_gelu(const product *p, float *pre, size_t ldc, size_t i0, size_t j0, size_t rows,
-                               size_t cols) {
+INLINE void bias_then_gelu(const vit_gelu form, const product *p, float *pre, size_t ldc, size_t i0,
+                           size_t j0, size_t rows, size_t cols) {
     float wide[NC], wide_y[NC];
     const float *bias = load(p->bias, j0, cols, wide);
     for (size_t i = i0; i < i0 + rows; i++, pre += ldc) {
@@ -622,15 +639,23 @@ static void add_bias_then_gelu(const product *p, float *pre, size_t ldc, size_t 
         for (size_t j = 0; j < cols; j++) {
             pre[j] += bias[j];
             float derivative;
-            y[j] = gelu(pre[j], &derivative);
+            y[j] = gelu(form, pre[j], &derivative);
         }
         store(p->y, i * p->N + j0, cols, y);
     }
 }
 
+static void add_bias_then_gelu(const product *p, float *pre, size_t ldc, size_t i0, size_t j0, size_t rows,
+                               size_t cols) {
+    if (p->form == VIT_GELU_ERF)
+        bias_then_gelu(VIT_GELU_ERF, p, pre, ldc, i0, j0, rows, cols);
+    else
+        bias_then_gelu(VIT_GELU_TANH, p, pre, ldc, i0, j0, rows, cols);
+}
+
 /* ... and y = gelu(pre) once more, which costs little beside its derivative. */
-static void times_gelu_derivative(const product *p, float *c, size_t ldc, size_t i0, size_t j0, size_t rows,
-                                  size_t cols) {
+INLINE void times_derivative(const vit_gelu form, const product *p, float *c, size_t ldc, size_t i0,
+                             size_t j0, size_t rows, size_t cols) {
     float wide[NC], wide_y[NC];
     for (size_t i = i0; i < i0 + rows; i++, c += ldc) {
         const float *pre = load(p->pre, i * p->N + j0, cols, wide);
@@ -638,17 +663,26 @@ static void times_gelu_derivative(const product *p, float *c, size_t ldc, size_t
 #pragma omp simd
         for (size_t j = 0; j < cols; j++) {
             float derivative;
-            y[j] = gelu(pre[j], &derivative);
+            y[j] = gelu(form, pre[j], &derivative);
             c[j] *= derivative;
         }
         store(p->y, i * p->N + j0, cols, y);
     }
 }
 
+static void times_gelu_derivative(const product *p, float *c, size_t ldc, size_t i0, size_t j0, size_t rows,
+                                  size_t cols) {
+    if (p->form == VIT_GELU_ERF)
+        times_derivative(VIT_GELU_ERF, p, c, ldc, i0, j0, rows, cols);
+    else
+        times_derivative(VIT_GELU_TANH, p, c, ldc, i0, j0, rows, cols);
+}
+
 /* y = x w^T + b, or pre = x w^T + b, y = gelu(pre) */
 static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
-                           size_t rows, size_t in, size_t out) {
-    product p = {rows, out, in, {x, in, 0}, {w, in, 1}, .c = y, .epilogue = add_bias, .bias = b};
+                           size_t rows, size_t in, size_t out, vit_gelu form) {
+    product p = {rows,      out,         in, {x, in, 0}, {w, in, 1}, .c = y, .epilogue = add_bias,
+                 .bias = b, .form = form};
     if (pre.data) p.c = pre, p.y = y, p.epilogue = add_bias_then_gelu;
     multiply(s->rank, &p);
 }
@@ -656,9 +690,9 @@ static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, r
 /* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w; where x = gelu(pre), which that product
  * computes again, dx is that times gelu'(pre) */
 static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
-                            rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
+                            rt_block w, rt_block pre, size_t rows, size_t in, size_t out, vit_gelu form) {
     const product weights = {out, in, rows, {dy, out, 1}, {x, in, 0}, .c = dw, .sums = db};
-    product input = {rows, in, out, {dy, out, 0}, {w, in, 0}, .c = dx};
+    product input = {rows, in, out, {dy, out, 0}, {w, in, 0}, .c = dx, .form = form};
     if (pre.data) input.pre = pre, input.y = x, input.epilogue = times_gelu_derivative;
     if (dx.data) multiply(s->rank, &input);
     multiply(s->rank, &weights);

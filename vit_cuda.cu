@@ -15,7 +15,7 @@
  * the last bits, is the one that was fastest when its shape first came, unless vit_cuda_products asks for the
  * first that works.
  *
- * What it leaves out: cuBLASLt's GELU epilogues, which are the tanh form; graphs of several ranks; fp64.
+ * What it leaves out: cuBLASLt's epilogue for GELU's derivative; graphs of several ranks; fp64.
  */
 #include <atomic>
 #include <dlfcn.h>
@@ -475,12 +475,13 @@ typedef struct {
     float alpha;
     cublasLtEpilogue_t epilogue;
     void *bias; /* of the epilogue, in c's type */
+    void *aux;  /* [M, N], in c's type and with its ld: takes the epilogue's input; or NULL */
 } product;
 
 /* All that the choice of an algorithm depends on. cuBLASLt's matrices lie column by column, so that to it a
  * row major c is c^T [N, M] = b^T a^T: its A is our b, its B our a, its m our N, its n our M. */
 typedef struct {
-    uint64_t m, n, k, batch, lda, ldb, ldc, stride_a, stride_b, stride_c;
+    uint64_t m, n, k, batch, lda, ldb, ldc, stride_a, stride_b, stride_c, align_aux;
     uint32_t type, type_c, transpose_a, transpose_b, epilogue, align_a, align_b, align_c;
 } matmul_key;
 
@@ -513,6 +514,7 @@ static matmul_key key_of(const product *p) {
     k.transpose_a = (uint32_t)p->b.transposed, k.transpose_b = (uint32_t)p->a.transposed;
     k.epilogue = p->epilogue;
     k.align_a = alignment_of(p->b.at), k.align_b = alignment_of(p->a.at), k.align_c = alignment_of(p->c.at);
+    k.align_aux = alignment_of(p->aux);
     return k;
 }
 
@@ -537,11 +539,14 @@ static int create_layout(rt_rank *rank, cublasLtMatrixLayout_t *layout, rt_type 
 static cublasStatus_t run_plan(rt_stream *s, const matmul_plan *plan, const product *p) {
     cuda_state *c = state_of(s);
     const float beta = 0;
-    if (p->bias) {
-        cublasStatus_t status = LT(cublasLtMatmulDescSetAttribute)(
-            plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias);
-        if (status != CUBLAS_STATUS_SUCCESS) return status;
-    }
+    cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+    if (p->bias)
+        status = LT(cublasLtMatmulDescSetAttribute)(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                                                    &p->bias, sizeof p->bias);
+    if (p->aux && status == CUBLAS_STATUS_SUCCESS)
+        status = LT(cublasLtMatmulDescSetAttribute)(
+            plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux, sizeof p->aux);
+    if (status != CUBLAS_STATUS_SUCCESS) return status;
     void *to = (void *)p->c.at;
     return LT(cublasLtMatmul)(c->blas, plan->operation, &p->alpha, p->b.at, plan->a, p->a.at, plan->b, &beta,
                               to, plan->c, to, plan->c, &plan->algorithm, c->workspace, WORKSPACE,
@@ -579,6 +584,7 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
     cublasOperation_t transpose_a = k->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasOperation_t transpose_b = k->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_MASK & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_INPLACE;
+    int64_t aux_ld = (int64_t)k->ldc;
     int count = 0;
     plan->milliseconds = INFINITY;
     cublasComputeType_t compute = p->a.type == RT_FP32 ? c->fp32_product : CUBLAS_COMPUTE_32F;
@@ -597,7 +603,9 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
     } attributes[] = {{CUBLASLT_MATMUL_DESC_TRANSA, &transpose_a, sizeof transpose_a},
                       {CUBLASLT_MATMUL_DESC_TRANSB, &transpose_b, sizeof transpose_b},
                       {CUBLASLT_MATMUL_DESC_EPILOGUE, &p->epilogue, sizeof p->epilogue},
-                      {CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias}};
+                      {CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias},
+                      {CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &p->aux, sizeof p->aux},
+                      {CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &aux_ld, sizeof aux_ld}};
     const struct {
         cublasLtMatmulPreferenceAttributes_t name;
         const void *value;
@@ -609,7 +617,7 @@ static int choose_algorithm(rt_stream *s, matmul_plan *plan, const product *p) {
                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &k->align_c, sizeof k->align_c},
                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &k->align_c, sizeof k->align_c}};
     int failed = 0;
-    for (size_t i = 0; i < (p->bias ? 4 : 3) && !failed; i++)
+    for (size_t i = 0; i < (p->aux ? 6 : p->bias ? 4 : 3) && !failed; i++)
         failed = check(rank,
                        LT(cublasLtMatmulDescSetAttribute)(plan->operation, attributes[i].name,
                                                           attributes[i].value, attributes[i].size),
@@ -685,6 +693,32 @@ static void multiply(rt_stream *s, const product *p) {
         check(s->rank, run_plan(s, plan, p), "cublasLtMatmul");
 }
 
+/* A product whose epilogue does more, or the plain one and then rest(): whichever is faster when the shape
+ * first comes; the former, if cuBLASLt has it, where the first algorithm is asked for. */
+template <class F> static void multiply_fused(rt_stream *s, const product *p, const product *plain, F rest) {
+    int is_new, ignored;
+    matmul_plan *fused = plan_of(s, p, &is_new);
+    if (fused && is_new && fused->usable) {
+        float fused_ms = fused->milliseconds;
+        size_t at = (size_t)(fused - state_of(s)->plan); /* the next plan may move this one */
+        matmul_plan *alone = plan_of(s, plain, &ignored);
+        if (!alone) return;
+        float apart_ms = alone->milliseconds + time_of(s, [&] {
+                             rest();
+                             return !rt_failed(s->rank);
+                         });
+        fused = &state_of(s)->plan[at];
+        fused->usable = fused_ms <= apart_ms || state_of(s)->first_algorithm;
+    }
+    if (!fused) return;
+    if (fused->usable) {
+        check(s->rank, run_plan(s, fused, p), "cublasLtMatmul");
+    } else {
+        multiply(s, plain);
+        rest();
+    }
+}
+
 /* ---------------------------------------------------------------------------------------- sums of columns */
 
 /* Sums over rows go through chunks of rows, at most CHUNKS: first each chunk [cols], then the chunks. */
@@ -753,18 +787,29 @@ static void sum_rows(rt_stream *s, rt_block sums, rt_block x, size_t rows, size_
 /* ------------------------------------------------------------------------------------------------- linear */
 
 /* x Phi(x) = x (1 + erf(x / sqrt 2)) / 2, and its derivative Phi(x) + x exp(-x^2/2) / sqrt(2 pi). */
-__device__ inline float gelu(float x, float *derivative) {
+__device__ inline float gelu_erf(float x, float *derivative) {
     const float phi = normcdff(x);
     *derivative = phi + x * (expf(-0.5f * x * x) * 0.398942280f);
     return x * phi;
 }
 
+/* x S(u) = x (1 + tanh(u / 2)) / 2 with u = sqrt(8 / pi) (x + 0.044715 x^3) and S(u) = 1 / (1 + exp(-u)), and
+ * its derivative S(u) + x u' S(u) S(-u). With e = exp(-|u|), S(|u|) = 1 / (1 + e), S(-|u|) = e / (1 + e). */
+__device__ inline float gelu_tanh(float x, float *derivative) {
+    const float t = fabsf(x) > 16 ? 16 : fabsf(x); /* e is 0 there; powers of t must not overflow */
+    const float e = expf(-1.59576912f * (t + 0.044715f * t * t * t));
+    const float above = 1 / (1 + e), below = e * above, s = x < 0 ? below : above;
+    *derivative = s + x * (above * below) * (1.59576912f + 0.214064449f * t * t);
+    return x * s;
+}
+
 /* y = gelu(pre) and, unless dx is NULL, dx *= gelu'(pre) */
-template <class T> __global__ void gelu_kernel(T *y, T *dx, const T *pre, size_t count) {
+template <class T> __global__ void gelu_kernel(T *y, T *dx, const T *pre, size_t count, vit_gelu form) {
     const size_t i = thread_index() * VEC;
     if (i >= count) return;
     vec x = load(pre + i, count - i), d;
-    for (int k = 0; k < VEC; k++) x.v[k] = gelu(x.v[k], &d.v[k]);
+    for (int k = 0; k < VEC; k++)
+        x.v[k] = form == VIT_GELU_TANH ? gelu_tanh(x.v[k], &d.v[k]) : gelu_erf(x.v[k], &d.v[k]);
     store(y + i, count - i, x);
     if (!dx) return;
     const vec g = load(dx + i, count - i);
@@ -772,11 +817,11 @@ template <class T> __global__ void gelu_kernel(T *y, T *dx, const T *pre, size_t
     store(dx + i, count - i, d);
 }
 
-static void apply_gelu(rt_stream *s, rt_block y, rt_block dx, rt_block pre) {
+static void apply_gelu(rt_stream *s, rt_block y, rt_block dx, rt_block pre, vit_gelu form) {
     by_type(pre.type, [&](auto zero) {
         using T = decltype(zero);
         LAUNCH(gelu_kernel<T>, vector_blocks(pre.count), THREADS, 0, s, (T *)y.data, (T *)dx.data,
-               (const T *)pre.data, pre.count);
+               (const T *)pre.data, pre.count, form);
     });
 }
 
@@ -784,15 +829,27 @@ static matrix whole(rt_block b, size_t ld, int transposed) {
     return matrix{b.data, b.type, ld, 0, transposed};
 }
 
-/* y = x w^T + b, or pre = x w^T + b, y = gelu(pre) */
+/* y = x w^T + b, or pre = x w^T + b, y = gelu(pre). cuBLASLt's own GELU is the form by tanh; to write pre as
+ * well it wants rows of a multiple of 8 numbers. fp32 does without it: how exact its tanh is, nobody says. */
 static void linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
-                           size_t rows, size_t in, size_t out) {
+                           size_t rows, size_t in, size_t out, vit_gelu form) {
     rt_block to = pre.data ? pre : y;
     const product p = {
-        rows,  out, in, 1, whole(to, out, 0), whole(x, in, 0), whole(w, in, 1), 1, CUBLASLT_EPILOGUE_BIAS,
-        b.data};
-    multiply(s, &p);
-    if (pre.data) apply_gelu(s, y, rt_block{}, rt_slice(pre, 0, rows * out));
+        rows,   out, in, 1, whole(to, out, 0), whole(x, in, 0), whole(w, in, 1), 1, CUBLASLT_EPILOGUE_BIAS,
+        b.data, NULL};
+    auto activate = [&] {
+        if (pre.data) apply_gelu(s, y, rt_block{}, rt_slice(pre, 0, rows * out), form);
+    };
+    if (pre.data && form == VIT_GELU_TANH && y.type != RT_FP32 && out % 8 == 0) {
+        product fused = p;
+        fused.c = whole(y, out, 0);
+        fused.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+        fused.aux = pre.data;
+        multiply_fused(s, &fused, &p, activate);
+    } else {
+        multiply(s, &p);
+        activate();
+    }
 }
 
 /* dw = dy^T x, db = sum over rows of dy: in one product if that is faster than in two passes over dy. */
@@ -807,42 +864,23 @@ static void weight_gradient(rt_stream *s, rt_block dw, rt_block db, rt_block dy,
                  whole(x, in, 0),
                  1,
                  CUBLASLT_EPILOGUE_BGRADB,
-                 db.data};
+                 db.data,
+                 NULL};
     product plain = p;
     plain.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     plain.bias = NULL;
-    int is_new, ignored;
-    matmul_plan *fused = plan_of(s, &p, &is_new);
-    if (fused && is_new && fused->usable) {
-        float fused_ms = fused->milliseconds;
-        size_t at = (size_t)(fused - state_of(s)->plan); /* the next plan may move this one */
-        matmul_plan *alone = plan_of(s, &plain, &ignored);
-        if (!alone) return;
-        float apart_ms = alone->milliseconds + time_of(s, [&] {
-                             sum_rows(s, db, dy, rows, out);
-                             return !rt_failed(s->rank);
-                         });
-        fused = &state_of(s)->plan[at];
-        fused->usable = fused_ms <= apart_ms || state_of(s)->first_algorithm;
-    }
-    if (!fused) return;
-    if (fused->usable) {
-        check(s->rank, run_plan(s, fused, &p), "cublasLtMatmul");
-    } else {
-        multiply(s, &plain);
-        sum_rows(s, db, dy, rows, out);
-    }
+    multiply_fused(s, &p, &plain, [&] { sum_rows(s, db, dy, rows, out); });
 }
 
 /* y = x w^T + b:  dw = dy^T x, db = sum over rows of dy, dx = dy w; where x = gelu(pre), which is computed
  * again, dx is that times gelu'(pre) */
 static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy, rt_block x,
-                            rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
+                            rt_block w, rt_block pre, size_t rows, size_t in, size_t out, vit_gelu form) {
     const product input = {
-        rows, in, out, 1, whole(dx, in, 0), whole(dy, out, 0), whole(w, in, 0), 1, CUBLASLT_EPILOGUE_DEFAULT,
-        NULL};
+        rows, in,  out, 1, whole(dx, in, 0), whole(dy, out, 0), whole(w, in, 0), 1, CUBLASLT_EPILOGUE_DEFAULT,
+        NULL, NULL};
     if (dx.data) multiply(s, &input);
-    if (pre.data) apply_gelu(s, x, dx, rt_slice(pre, 0, rows * in));
+    if (pre.data) apply_gelu(s, x, dx, rt_slice(pre, 0, rows * in), form);
     weight_gradient(s, dw, db, dy, x, rows, in, out);
 }
 
@@ -1341,7 +1379,7 @@ static const char *element(rt_block b, size_t i) { return (const char *)b.data +
 
 static void multiply_batch(rt_stream *s, size_t batch, size_t M, size_t N, size_t K, matrix c, float alpha,
                            matrix a, matrix b) {
-    const product p = {M, N, K, batch, c, a, b, alpha, CUBLASLT_EPILOGUE_DEFAULT, NULL};
+    const product p = {M, N, K, batch, c, a, b, alpha, CUBLASLT_EPILOGUE_DEFAULT, NULL, NULL};
     multiply(s, &p);
 }
 

@@ -144,20 +144,22 @@ static const rt_block none;
 static size_t rows_of(const bench *b) { return b->shape.B * b->shape.T; }
 
 static void linear(bench *b, size_t in, size_t out) {
-    vit_cpu.linear_forward(b->stream, b->y, none, b->x, b->w, b->vector, rows_of(b), in, out);
+    vit_cpu.linear_forward(b->stream, b->y, none, b->x, b->w, b->vector, rows_of(b), in, out, VIT_GELU_ERF);
 }
 static void linear_gelu(bench *b, size_t in, size_t out) {
-    vit_cpu.linear_forward(b->stream, b->y, b->pre, b->x, b->w, b->vector, rows_of(b), in, out);
+    vit_cpu.linear_forward(b->stream, b->y, b->pre, b->x, b->w, b->vector, rows_of(b), in, out, VIT_GELU_ERF);
 }
 static void linear_dw(bench *b, size_t in, size_t out) {
-    vit_cpu.linear_backward(b->stream, none, b->dw, b->vector, b->y, b->x, b->w, none, rows_of(b), in, out);
+    vit_cpu.linear_backward(b->stream, none, b->dw, b->vector, b->y, b->x, b->w, none, rows_of(b), in, out,
+                            VIT_GELU_ERF);
 }
 static void linear_dw_dx(bench *b, size_t in, size_t out) {
-    vit_cpu.linear_backward(b->stream, b->dx, b->dw, b->vector, b->y, b->x, b->w, none, rows_of(b), in, out);
+    vit_cpu.linear_backward(b->stream, b->dx, b->dw, b->vector, b->y, b->x, b->w, none, rows_of(b), in, out,
+                            VIT_GELU_ERF);
 }
 static void linear_dw_dx_gelu(bench *b, size_t in, size_t out) {
-    vit_cpu.linear_backward(b->stream, b->dx, b->dw, b->vector, b->y, b->x, b->w, b->pre, rows_of(b), in,
-                            out);
+    vit_cpu.linear_backward(b->stream, b->dx, b->dw, b->vector, b->y, b->x, b->w, b->pre, rows_of(b), in, out,
+                            VIT_GELU_ERF);
 }
 static void attention(bench *b, size_t in, size_t out) {
     const shape *s = &b->shape;

@@ -17,11 +17,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* gelu(x) = x * P(N(0, 1) <= x). erfc keeps the lower tail, where 1 + erf would cancel. */
-static double naive_gelu(double x) { return 0.5 * x * erfc(-x * M_SQRT1_2); }
+/* u of GELU's second form: sqrt(2 / pi) * (x + 0.044715 * x^3), and its derivative */
+static double naive_u(double x) { return M_2_SQRTPI * M_SQRT1_2 * (x + 0.044715 * x * x * x); }
+static double naive_u_derivative(double x) { return M_2_SQRTPI * M_SQRT1_2 * (1 + 3 * 0.044715 * x * x); }
 
-/* gelu'(x) = P(N(0, 1) <= x) + x * density(x) */
-static double naive_gelu_derivative(double x) {
+/* gelu(x) = x * P(N(0, 1) <= x), or x * (1 + tanh(u)) / 2 = x / (1 + exp(-2 * u)). erfc and exp keep the
+ * lower tail, where 1 + erf and 1 + tanh would cancel. */
+static double naive_gelu(vit_gelu form, double x) {
+    if (form == VIT_GELU_TANH) return x / (1 + exp(-2 * naive_u(x)));
+    return 0.5 * x * erfc(-x * M_SQRT1_2);
+}
+
+/* gelu'(x) = P(N(0, 1) <= x) + x * density(x), or (1 + tanh(u)) / 2 + x / 2 * u' / cosh(u)^2. */
+static double naive_gelu_derivative(vit_gelu form, double x) {
+    if (form == VIT_GELU_TANH) {
+        double u = naive_u(x), c = cosh(u);
+        return 1 / (1 + exp(-2 * u)) + 0.5 * x * naive_u_derivative(x) / (c * c);
+    }
     return 0.5 * erfc(-x * M_SQRT1_2) + x * exp(-0.5 * x * x) * (0.5 * M_2_SQRTPI * M_SQRT1_2);
 }
 
@@ -80,7 +92,7 @@ static void NAIVE_OP(copy_out)(rt_stream *s, void *to, rt_block from) {
 /* ------------------------------------------------------------------------------------------------- linear */
 
 static void NAIVE_OP(linear_forward)(rt_stream *s, rt_block y_, rt_block pre_, rt_block x_, rt_block w_,
-                                     rt_block b_, size_t rows, size_t in, size_t out) {
+                                     rt_block b_, size_t rows, size_t in, size_t out, vit_gelu form) {
     (void)s;
     REAL *y = y_.data, *pre = pre_.data;
     const REAL *x = x_.data, *w = w_.data, *b = b_.data;
@@ -90,24 +102,24 @@ static void NAIVE_OP(linear_forward)(rt_stream *s, rt_block y_, rt_block pre_, r
             for (size_t i = 0; i < in; i++) sum += x[r * in + i] * w[o * in + i];
             sum += b[o];
             if (pre) pre[r * out + o] = sum;
-            y[r * out + o] = pre ? naive_gelu(sum) : sum;
+            y[r * out + o] = pre ? naive_gelu(form, sum) : sum;
         }
     }
 }
 
 static void NAIVE_OP(linear_backward)(rt_stream *s, rt_block dx_, rt_block dw_, rt_block db_, rt_block dy_,
                                       rt_block x_, rt_block w_, rt_block pre_, size_t rows, size_t in,
-                                      size_t out) {
+                                      size_t out, vit_gelu form) {
     (void)s;
     REAL *dx = dx_.data, *dw = dw_.data, *db = db_.data, *x = x_.data;
     const REAL *dy = dy_.data, *w = w_.data, *pre = pre_.data;
     /* y = sum over i of x[i] * w[i] + b; before it x = gelu(pre) */
-    for (size_t i = 0; pre && i < rows * in; i++) x[i] = naive_gelu(pre[i]);
+    for (size_t i = 0; pre && i < rows * in; i++) x[i] = naive_gelu(form, pre[i]);
     for (size_t r = 0; dx && r < rows; r++) {
         for (size_t i = 0; i < in; i++) {
             REAL sum = 0;
             for (size_t o = 0; o < out; o++) sum += dy[r * out + o] * w[o * in + i];
-            dx[r * in + i] = pre ? sum * naive_gelu_derivative(pre[r * in + i]) : sum;
+            dx[r * in + i] = pre ? sum * naive_gelu_derivative(form, pre[r * in + i]) : sum;
         }
     }
     for (size_t o = 0; o < out; o++) {

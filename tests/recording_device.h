@@ -82,9 +82,9 @@ static void recording_forget(rt_rank *rank, void *graph) {
 
 // clang-format off
 #define LINEAR_FORWARD(X) X(rt_block, y) X(rt_block, pre) X(rt_block, x) X(rt_block, w) X(rt_block, b) \
-    X(size_t, rows) X(size_t, in) X(size_t, out)
+    X(size_t, rows) X(size_t, in) X(size_t, out) X(vit_gelu, form)
 #define LINEAR_BACKWARD(X) X(rt_block, dx) X(rt_block, dw) X(rt_block, db) X(rt_block, dy) X(rt_block, x) \
-    X(rt_block, w) X(rt_block, pre) X(size_t, rows) X(size_t, in) X(size_t, out)
+    X(rt_block, w) X(rt_block, pre) X(size_t, rows) X(size_t, in) X(size_t, out) X(vit_gelu, form)
 #define LAYERNORM_FORWARD(X) X(rt_block, y) X(rt_block, mean) X(rt_block, rstd) X(rt_block, x) \
     X(rt_block, gamma) X(rt_block, beta) X(size_t, rows) X(size_t, dim) X(double, eps)
 #define LAYERNORM_BACKWARD(X) X(rt_block, dx) X(rt_block, dgamma) X(rt_block, dbeta) X(rt_block, residual) \

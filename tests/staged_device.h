@@ -70,12 +70,13 @@ static void stage_out(stage *g) {
 static void staged_copy_in(rt_stream *s, rt_block to, const void *from) { STAGED(copy_in(s, IN(to), from)); }
 static void staged_copy_out(rt_stream *s, void *to, rt_block from) { STAGED(copy_out(s, to, IN(from))); }
 static void staged_linear_forward(rt_stream *s, rt_block y, rt_block pre, rt_block x, rt_block w, rt_block b,
-                                  size_t rows, size_t in, size_t out) {
-    STAGED(linear_forward(s, IN(y), IN(pre), IN(x), IN(w), IN(b), rows, in, out));
+                                  size_t rows, size_t in, size_t out, vit_gelu form) {
+    STAGED(linear_forward(s, IN(y), IN(pre), IN(x), IN(w), IN(b), rows, in, out, form));
 }
 static void staged_linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db, rt_block dy,
-                                   rt_block x, rt_block w, rt_block pre, size_t rows, size_t in, size_t out) {
-    STAGED(linear_backward(s, IN(dx), IN(dw), IN(db), IN(dy), IN(x), IN(w), IN(pre), rows, in, out));
+                                   rt_block x, rt_block w, rt_block pre, size_t rows, size_t in, size_t out,
+                                   vit_gelu form) {
+    STAGED(linear_backward(s, IN(dx), IN(dw), IN(db), IN(dy), IN(x), IN(w), IN(pre), rows, in, out, form));
 }
 static void staged_layernorm_forward(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block x,
                                      rt_block gamma, rt_block beta, size_t rows, size_t dim, double eps) {

@@ -157,16 +157,17 @@ static const vit_config config = {.image_height = 20,
                                   .label_smoothing = 0.1};
 enum { BATCH = 3, PIXELS = BATCH * 3 * 20 * 28 };
 
-static void gradients_of_a_model_are_those_of_the_naive_device(void **state) {
+static void compare_gradients_of_a_model(vit_gelu form) {
     static const int32_t labels[BATCH] = {1, 5, 3};
     static const uint64_t keys[BATCH] = {11, 22, 33};
-    (void)state;
+    vit_config c = config;
+    c.gelu = form;
     for (size_t k = 0; k < COUNT(types); k++) {
         rt_type type = types[k].type;
         vit_replica gpu, naive;
         error_text e;
-        if (vit_open(&gpu, &config, &vit_cuda, type, BATCH, &e)) fail_msg("%s", e.text);
-        if (vit_open(&naive, &config, &naive_fp64, RT_FP64, BATCH, &e)) fail_msg("%s", e.text);
+        if (vit_open(&gpu, &c, &vit_cuda, type, BATCH, &e)) fail_msg("%s", e.text);
+        if (vit_open(&naive, &c, &naive_fp64, RT_FP64, BATCH, &e)) fail_msg("%s", e.text);
         const vit_model *m = &naive.model;
         rt_block weights = block_new(type, naive.parameters.count),
                  gradients = block_new(type, weights.count);
@@ -214,6 +215,16 @@ static void gradients_of_a_model_are_those_of_the_naive_device(void **state) {
     }
 }
 
+static void gradients_of_a_model_are_those_of_the_naive_device(void **state) {
+    (void)state;
+    compare_gradients_of_a_model(VIT_GELU_ERF);
+}
+
+static void gradients_of_a_model_with_gelu_by_tanh_are_those_of_the_naive_device(void **state) {
+    (void)state;
+    compare_gradients_of_a_model(VIT_GELU_TANH);
+}
+
 static void no_device(void **state) {
     (void)state;
     skip();
@@ -224,6 +235,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(attention_agrees_with_the_naive_device),
         cmocka_unit_test(gradients_of_a_model_are_those_of_the_naive_device),
+        cmocka_unit_test(gradients_of_a_model_with_gelu_by_tanh_are_those_of_the_naive_device),
     };
     double unused, total;
     error_text e;

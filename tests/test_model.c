@@ -321,9 +321,11 @@ static void goldens_of_a_wrong_model_are_rejected(void **state) {
         wrong++;
         assert_true(distance_to_golden(&g, &naive, 1e-20, &which) > 1);
         for (size_t i = 0; i < COUNT(fast); i++) assert_true(distance_to_golden(&g, fast[i], 0, &which) > 1);
-        if (strcmp(string(entry, "wrong"), "eps")) continue;
-        /* eps is all that is wrong: with the other one the model agrees */
-        g.config.layer_norm_eps = g.config.layer_norm_eps == 1e-12 ? 1e-6 : 1e-5;
+        /* that is all that is wrong: with the other one the model agrees */
+        if (!strcmp(string(entry, "wrong"), "eps"))
+            g.config.layer_norm_eps = g.config.layer_norm_eps == 1e-12 ? 1e-6 : 1e-5;
+        else
+            g.config.gelu = VIT_GELU_TANH;
         if (distance_to_golden(&g, &naive, 1e-20, &which) > 1) fail_msg("%s", which.text);
         for (size_t i = 0; i < COUNT(fast); i++)
             if (distance_to_golden(&g, fast[i], 0, &which) > 1) fail_msg("%s", which.text);
@@ -874,7 +876,7 @@ static void impossible_batches_are_refused(void **state) {
     /* 4 bytes short of 2^64 each: a rounding up must not make them small */
     vit_model m;
     error_text e;
-    vit_config least = {"", 1, 1, 1, 1, 1, 1, 1, 1, 1, 1e-6, 0, 0, 0};
+    vit_config least = {"", 1, 1, 1, 1, 1, 1, 1, 1, 1, 1e-6, 0, 0, 0, 0};
     assert_int_equal(vit_model_init(&m, &least, RT_FP32, &e), 0);
     for (size_t u = 1; u < m.units; u++) /* the embedding saves nothing */
         assert_true(vit_unit_saved_bytes(&m, &vit_cpu, &m.unit[u], SIZE_MAX / 4) > SIZE_MAX / 4);
@@ -906,24 +908,26 @@ static double *odd_gradient(vit_replica *vit, const double *parameters, const do
 static void odd_models_work(void **state) {
     static const struct {
         const char *name;
-        /* height, width, channels, patch, dim, depth, heads, classes, mlp ratio, eps, drop-path, smoothing */
+        /* height, width, channels, patch, dim, depth, heads, classes, mlp ratio, eps, gelu, drop-path,
+         * smoothing, frozen backbone */
         vit_config config;
-    } odd[] = {{"the smallest of all", {"", 1, 1, 1, 1, 1, 1, 1, 1, 1, 1e-6, 0, 0, 0}},
-               {"one class", {"", 12, 8, 3, 4, 12, 2, 3, 1, 2, 1e-6, 0, 0, 0}},
+    } odd[] = {{"the smallest of all", {"", 1, 1, 1, 1, 1, 1, 1, 1, 1, 1e-6, 0, 0, 0, 0}},
+               {"one class", {"", 12, 8, 3, 4, 12, 2, 3, 1, 2, 1e-6, 0, 0, 0, 0}},
                /* of one number LayerNorm has no variance, and multiplies rounding errors by 1 / sqrt(eps) */
-               {"one head of size 1", {"", 12, 8, 3, 4, 1, 2, 1, 4, 5, 1e-3, 0, 0.1, 0}},
-               {"heads of size 1", {"", 12, 8, 3, 4, 7, 2, 7, 4, 2, 1e-6, 0, 0, 0}},
-               {"patches of one pixel", {"", 5, 3, 2, 1, 10, 2, 2, 4, 2, 1e-6, 0, 0, 0}},
-               {"one patch", {"", 6, 6, 3, 6, 10, 2, 2, 4, 2, 1e-6, 0, 0, 0}},
-               {"pixels beyond the last patch", {"", 11, 14, 3, 4, 10, 2, 2, 4, 2, 1e-6, 0, 0, 0}},
-               {"one block, with drop-path", {"", 8, 8, 3, 4, 10, 1, 2, 4, 2, 1e-6, 0.9, 0, 0}},
-               {"an MLP narrower than the model", {"", 8, 8, 3, 4, 10, 2, 2, 4, 0.3, 1e-6, 0, 0, 0}},
-               {"a hidden layer of one", {"", 8, 8, 3, 4, 10, 2, 2, 4, 0.1, 1e-6, 0, 0, 0}},
-               {"labels smoothed away", {"", 8, 8, 3, 4, 10, 2, 2, 4, 2, 1e-6, 0, 1, 0}},
-               {"eps 0", {"", 8, 8, 3, 4, 10, 2, 2, 4, 2, 0, 0, 0, 0}},
-               {"a large eps", {"", 8, 8, 3, 4, 10, 2, 2, 4, 2, 0.5, 0, 0, 0}},
-               {"drop-path", {"", 8, 8, 3, 4, 10, 4, 2, 4, 2, 1e-6, 0.7, 0, 0}},
-               {"many classes", {"", 8, 8, 1, 4, 10, 1, 1, 1003, 2, 1e-6, 0, 0.1, 0}}};
+               {"one head of size 1", {"", 12, 8, 3, 4, 1, 2, 1, 4, 5, 1e-3, 0, 0, 0.1, 0}},
+               {"heads of size 1", {"", 12, 8, 3, 4, 7, 2, 7, 4, 2, 1e-6, 0, 0, 0, 0}},
+               {"patches of one pixel", {"", 5, 3, 2, 1, 10, 2, 2, 4, 2, 1e-6, 0, 0, 0, 0}},
+               {"one patch", {"", 6, 6, 3, 6, 10, 2, 2, 4, 2, 1e-6, 0, 0, 0, 0}},
+               {"pixels beyond the last patch", {"", 11, 14, 3, 4, 10, 2, 2, 4, 2, 1e-6, 0, 0, 0, 0}},
+               {"one block, with drop-path", {"", 8, 8, 3, 4, 10, 1, 2, 4, 2, 1e-6, 0, 0.9, 0, 0}},
+               {"an MLP narrower than the model", {"", 8, 8, 3, 4, 10, 2, 2, 4, 0.3, 1e-6, 0, 0, 0, 0}},
+               {"a hidden layer of one", {"", 8, 8, 3, 4, 10, 2, 2, 4, 0.1, 1e-6, 0, 0, 0, 0}},
+               {"labels smoothed away", {"", 8, 8, 3, 4, 10, 2, 2, 4, 2, 1e-6, 0, 0, 1, 0}},
+               {"eps 0", {"", 8, 8, 3, 4, 10, 2, 2, 4, 2, 0, 0, 0, 0, 0}},
+               {"a large eps", {"", 8, 8, 3, 4, 10, 2, 2, 4, 2, 0.5, 0, 0, 0, 0}},
+               {"drop-path", {"", 8, 8, 3, 4, 10, 4, 2, 4, 2, 1e-6, 0, 0.7, 0, 0}},
+               {"GELU by tanh", {"", 8, 8, 3, 4, 10, 2, 2, 4, 2, 1e-6, VIT_GELU_TANH, 0, 0, 0}},
+               {"many classes", {"", 8, 8, 1, 4, 10, 1, 1, 1003, 2, 1e-6, 0, 0, 0.1, 0}}};
     (void)state;
     for (size_t i = 0; i < COUNT(odd); i++) {
         const vit_config *c = &odd[i].config;
