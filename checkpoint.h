@@ -73,6 +73,7 @@ static inline cJSON *card__timm(const vit_config *c, const model_card *card) {
     cJSON_AddNumberToObject(args, "depth", (double)c->depth);
     cJSON_AddNumberToObject(args, "num_heads", (double)c->num_heads);
     cJSON_AddItemToObject(args, "mlp_ratio", json_number(c->mlp_ratio));
+    if (c->gelu != VIT_GELU_ERF) cJSON_AddStringToObject(args, "act_layer", timm_gelu[c->gelu]);
     cJSON_AddItemToObject(root, "model_args", args);
     cJSON_AddItemToObject(cfg, "input_size", cJSON_CreateIntArray(input, 3));
     cJSON_AddTrueToObject(cfg, "fixed_input_size");
@@ -111,7 +112,7 @@ static inline cJSON *card__hugging_face(const vit_config *c, const model_card *c
     cJSON_AddNumberToObject(root, "num_hidden_layers", (double)c->depth);
     cJSON_AddNumberToObject(root, "num_attention_heads", (double)c->num_heads);
     cJSON_AddNumberToObject(root, "intermediate_size", floor((double)c->embed_dim * c->mlp_ratio));
-    cJSON_AddStringToObject(root, "hidden_act", "gelu");
+    cJSON_AddStringToObject(root, "hidden_act", hugging_face_gelu[c->gelu]);
     cJSON_AddNumberToObject(root, "hidden_dropout_prob", 0);
     cJSON_AddNumberToObject(root, "attention_probs_dropout_prob", 0);
     cJSON_AddItemToObject(root, "layer_norm_eps", json_number(c->layer_norm_eps));
@@ -665,6 +666,9 @@ static inline int checkpoint__compare_config(const char *path, const vit_config 
         if (values[i].found != values[i].expected)
             return error_set(e, "%s: %s: found %.17g, expected %.17g", path, values[i].name, values[i].found,
                              values[i].expected);
+    if (found->gelu != c->gelu)
+        return error_set(e, "%s: act_layer: found %s, expected %s (--gelu)", path, timm_gelu[found->gelu],
+                         timm_gelu[c->gelu]);
     return 0;
 }
 

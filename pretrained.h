@@ -402,6 +402,11 @@ static inline int source__config_of_shapes(const model_source *s, vit_config *c,
     return 0;
 }
 
+/* What the forms of vit_gelu are called by timm (act_layer) and by Hugging Face (hidden_act); the names that
+ * follow mean the last form, too. */
+static const char *const timm_gelu[] = {"gelu", "gelu_tanh"}, *const hugging_face_gelu[] = {
+                                                                  "gelu", "gelu_pytorch_tanh", "gelu_new"};
+
 /* timm's model_args. What the model cannot do is refused, not passed over. */
 static inline int source__model_args(const model_source *s, const cJSON *args, vit_config *c, error_text *e) {
     const cJSON *a;
@@ -426,6 +431,10 @@ static inline int source__model_args(const model_source *s, const cJSON *args, v
                 return -1;
         } else if (!strcmp(a->string, "mlp_ratio") && cJSON_IsNumber(a)) {
             c->mlp_ratio = a->valuedouble;
+        } else if (!strcmp(a->string, "act_layer")) {
+            int form = source__choice(s->config_path, a, "act_layer", timm_gelu, 2, e);
+            if (form < 0) return -1;
+            c->gelu = (vit_gelu)form;
         } else if (!((!strcmp(a->string, "global_pool") && cJSON_IsString(a) &&
                       !strcmp(a->valuestring, "token")) ||
                      ((!strcmp(a->string, "qkv_bias") || !strcmp(a->string, "class_token")) &&
@@ -482,7 +491,7 @@ static inline void source__name(vit_config *c) {
 
 /* Hugging Face's ViTConfig. It must not contradict the tensors: one of both would be the wrong file. */
 static inline int source__config_of_hugging_face(const model_source *s, vit_config *c, error_text *e) {
-    static const char *const type[] = {"vit"}, *const gelu[] = {"gelu"};
+    static const char *const type[] = {"vit"};
     const char *path = s->config_path;
     source_shapes x = source__shapes(s);
     size_t hidden = 3072, patch_width = 16, labels = (size_t)cJSON_GetArraySize(s->label_names);
@@ -490,8 +499,9 @@ static inline int source__config_of_hugging_face(const model_source *s, vit_conf
     const cJSON *eps = ITEM("layer_norm_eps"), *bias = ITEM("qkv_bias");
     c->embed_dim = 768, c->depth = c->num_heads = 12, c->channels = 3; /* ViTConfig's defaults */
     c->image_height = c->image_width = 224, c->patch_size = 16, c->layer_norm_eps = 1e-12;
+    int form;
     if (source__choice(path, ITEM("model_type"), "model_type", type, 1, e) < 0 ||
-        source__choice(path, ITEM("hidden_act"), "hidden_act", gelu, 1, e) < 0 ||
+        (form = source__choice(path, ITEM("hidden_act"), "hidden_act", hugging_face_gelu, 3, e)) < 0 ||
         source__size(path, ITEM("hidden_size"), "hidden_size", &c->embed_dim, e) ||
         source__size(path, ITEM("num_hidden_layers"), "num_hidden_layers", &c->depth, e) ||
         source__size(path, ITEM("num_attention_heads"), "num_attention_heads", &c->num_heads, e) ||
@@ -500,6 +510,7 @@ static inline int source__config_of_hugging_face(const model_source *s, vit_conf
         source__extent(path, ITEM("patch_size"), "patch_size", &c->patch_size, &patch_width, e) ||
         source__extent(path, ITEM("image_size"), "image_size", &c->image_height, &c->image_width, e))
         return -1;
+    c->gelu = form ? VIT_GELU_TANH : VIT_GELU_ERF;
     if (ITEM("patch_size") && patch_width != c->patch_size)
         return error_set(e, "%s: patch_size: found %zu x %zu, expected square patches", path, c->patch_size,
                          patch_width);

@@ -124,6 +124,7 @@ static int prepare_config(run *r, dataset_kind kind, error_text *e) {
             return error_set(e, "%s: found a %s, expected a %s (--model)", path, c->name, o->model);
     }
     if (given(r, &o->layer_norm_eps)) c->layer_norm_eps = o->layer_norm_eps;
+    if (given(r, &o->gelu)) c->gelu = (vit_gelu)o->gelu;
     if (given(r, &o->image_size))
         c->image_height = o->image_size.height, c->image_width = o->image_size.width;
     if (given(r, &o->patch_size)) c->patch_size = o->patch_size;
@@ -344,6 +345,7 @@ static int prepare_plan(run *r, dataset_kind kind, error_text *e) {
     o->mlp_ratio = c->mlp_ratio;
     o->num_classes = c->num_classes;
     o->layer_norm_eps = c->layer_norm_eps;
+    o->gelu = (int)c->gelu;
     o->mean.count = o->std.count = c->channels == 1 ? 1 : 3;
     for (int i = 0; i < 3; i++)
         o->mean.values[i] = json_float(r->format.mean[i]), o->std.values[i] = json_float(r->format.std[i]);

@@ -18,6 +18,7 @@
 enum { CHOICE_DATASET_AUTO, CHOICE_DATASET_DIGITS, CHOICE_DATASET_MNIST, CHOICE_DATASET_CIFAR10,
        CHOICE_DATASET_IMAGEFOLDER, CHOICE_DATASET_SYNTHETIC };
 enum { CHOICE_AUGMENTATION_NONE, CHOICE_AUGMENTATION_BASIC, CHOICE_AUGMENTATION_IMAGENET };
+enum { CHOICE_GELU_ERF, CHOICE_GELU_TANH };
 enum { CHOICE_OPTIMIZER_ADAMW, CHOICE_OPTIMIZER_SGD };
 enum { CHOICE_SCHEDULER_COSINE, CHOICE_SCHEDULER_LINEAR, CHOICE_SCHEDULER_CONSTANT };
 enum { CHOICE_STRATEGY_SINGLE, CHOICE_STRATEGY_DP, CHOICE_STRATEGY_DDP, CHOICE_STRATEGY_ZERO1,
@@ -49,6 +50,7 @@ typedef struct {
     option_extent image_size;
     size_t patch_size, embed_dim, depth, num_heads, num_classes;
     double mlp_ratio, layer_norm_eps;
+    int gelu;
 
     /* optimisation */
     int optimizer, scheduler;
@@ -139,6 +141,9 @@ static const option train_option_list[] = {
     {"model", "layer-norm-eps", OPTION_NUMBER, FIELD(layer_norm_eps), .of_training = true,
      .range = "[0, inf)",
      .preset = "1e-6", .note = "a loaded model's own", .help = "added to the variance in LayerNorm"},
+    {"model", "gelu", OPTION_CHOICE, FIELD(gelu), .of_training = true, .preset = "erf",
+     .note = "a loaded model's own", .choices = "erf|tanh",
+     .help = "GELU: exact, or its approximation by tanh, which cuBLASLt fuses with 16-bit products"},
     {"model", "pretrained", OPTION_TEXT, FIELD(pretrained), .value_name = "PATH",
      .help = "weights to begin with: a safetensors file, or a folder with config.json and model.safetensors"},
     {"model", "checkpoint", OPTION_TEXT, FIELD(checkpoint), .value_name = "PATH",

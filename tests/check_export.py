@@ -1,7 +1,8 @@
 """Opens what `train export` writes with timm and with transformers. By hand, from the root, after make; needs
 torch, timm, transformers and Pillow:
 
-    python tests/check_export.py                 # trains a small model on the digits, on two ranks
+    python tests/check_export.py                 # trains small models on the digits, on two ranks: with the
+                                                 # exact GELU, and with its approximation by tanh
     python tests/check_export.py CHECKPOINT...   # models that take the digits: 8 x 8, grey
 
 Both must load it strictly, and find the validation digits as often right as `train eval` does, with the same
@@ -114,8 +115,10 @@ if __name__ == "__main__":
         work = Path(name)
         checkpoints = sys.argv[1:]
         if not checkpoints:
-            train("--nproc-per-node", 2, "--epochs", 20, "--quiet", "--output-dir", work / "digits")
-            checkpoints = [work / "digits"]
+            for gelu in ("erf", "tanh"):
+                checkpoints.append(work / gelu)
+                train("--nproc-per-node", 2, "--epochs", 20, "--quiet", "--gelu", gelu, "--output-dir",
+                      work / gelu)
         for i, checkpoint in enumerate(checkpoints):
             check_digits(checkpoint, work / f"digits-{i}")
         check_shape(work / "a", "--image-size", "24x40", "--patch-size", "8")

@@ -553,6 +553,10 @@ static void faulty_configurations_are_refused(void **state) {
         {CONFIG("", ",\"class_token\":false"), "model_args: found class_token"},
         {CONFIG("", ",\"qkv_bias\":false"), "model_args: found qkv_bias"},
         {CONFIG("", ",\"init_values\":0.1"), "model_args: found init_values"},
+        {CONFIG("", ",\"act_layer\":\"gelu_tanh\""), NULL},
+        {CONFIG("", ",\"act_layer\":\"quick_gelu\""),
+         "act_layer: found quick_gelu, expected gelu or gelu_tanh"},
+        {CONFIG("", ",\"act_layer\":null"), "act_layer: found null, expected gelu or gelu_tanh"},
         {CONFIG("", ",\"embed_dim\":44"), "found the key 'embed_dim' twice"},
         {CONFIG("", ",\"in_chans\":0"), "in_chans: found another number, expected a whole number"},
         {CONFIG("", ",\"in_chans\":-3"), "in_chans: found another number"},
@@ -961,8 +965,8 @@ static void a_half_copied_file_is_found(void **state) {
 /* What differs is named: a tensor, or what no tensor shows. */
 static void another_model_is_told_from_damage(void **state) {
     (void)state;
-    vit_config c[8];
-    for (int i = 0; i < 8; i++) c[i] = odd_config;
+    vit_config c[9];
+    for (int i = 0; i < 9; i++) c[i] = odd_config;
     c[0].depth = 3;
     c[1].depth = 1;
     c[2].embed_dim = 48;
@@ -971,6 +975,7 @@ static void another_model_is_told_from_damage(void **state) {
     c[5].layer_norm_eps = 1e-6;
     c[6].image_height = 10, c[6].image_width = 6;
     c[7].freeze_backbone = 1;
+    c[8].gelu = VIT_GELU_TANH;
     static const char *const expected[] = {
         "model.safetensors: tensor blocks.2.attn.qkv.weight: found none, expected shape [132, 44]",
         "model.safetensors: found tensor blocks.1.attn.proj.bias, expected none",
@@ -980,18 +985,19 @@ static void another_model_is_told_from_damage(void **state) {
         "config.json: layer_norm_eps: found 1.0000000000000001e-05, expected 9.9999999999999995e-07",
         "config.json: img_size (height): found 6, expected 10",
         "optimizer.safetensors: found tensor exp_avg.blocks.0.attn.proj.bias, expected none",
+        "config.json: act_layer: found gelu, expected gelu_tanh (--gelu)",
     };
     make_directory("run");
     save("zero3", 2, 1, "run/step-00000001");
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < 10; i++) {
         vit_model m;
         error_text e;
         char folder[CHECKPOINT_PATH];
-        assert_int_equal(vit_model_init(&m, i < 8 ? &c[i] : &odd_config, RT_FP32, &e), 0);
-        dist_optimizer optimizer = i < 8 ? DIST_ADAMW : DIST_SGD;
+        assert_int_equal(vit_model_init(&m, i < 9 ? &c[i] : &odd_config, RT_FP32, &e), 0);
+        dist_optimizer optimizer = i < 9 ? DIST_ADAMW : DIST_SGD;
         assert_int_equal(checkpoint_check("run/step-00000001", &m, optimizer, &e), -1);
         assert_message(&e, "run/step-00000001/",
-                       i < 8 ? expected[i] : "momentum_buffer.patch_embed.proj.weight: found none", NULL);
+                       i < 9 ? expected[i] : "momentum_buffer.patch_embed.proj.weight: found none", NULL);
         assert_int_equal(checkpoint_newest("run", &m, optimizer, folder, NULL, NULL, &e), -1);
         assert_string_equal(folder, "");
         vit_model_free(&m);

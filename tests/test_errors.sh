@@ -388,7 +388,8 @@ spoil hf config.json; sed 's/"hidden_size": 24/"hidden_size": 48/' "$work/hf/con
 bad_model "a configuration that contradicts the tensors" \
     "bad/config.json: hidden_size: found 48, expected 24 by the tensors of .*bad/model.safetensors"
 spoil hf config.json; sed 's/"gelu"/"relu"/' "$work/hf/config.json" >"$file"
-bad_model "another activation" "bad/config.json: hidden_act: found relu, expected gelu"
+bad_model "another activation" \
+    "bad/config.json: hidden_act: found relu, expected gelu or gelu_pytorch_tanh or gelu_new"
 spoil hf config.json; sed 's/"vit"/"swin"/' "$work/hf/config.json" >"$file"
 bad_model "another model of Hugging Face" "bad/config.json: model_type: found swin, expected vit"
 spoil hf preprocessor_config.json; echo '{' >"$file"

@@ -100,6 +100,7 @@ static void test_every_documented_option_is_there(void **state) {
                            "mlp-ratio",
                            "num-classes",
                            "layer-norm-eps",
+                           "gelu",
                            "pretrained",
                            "checkpoint",
                            "format",
@@ -180,6 +181,7 @@ static void test_defaults(void **state) {
     assert_int_equal(o->state.command, COMMAND_TRAIN);
     assert_int_equal(o->dataset, CHOICE_DATASET_AUTO);
     assert_int_equal(o->augmentation, CHOICE_AUGMENTATION_BASIC);
+    assert_int_equal(o->gelu, CHOICE_GELU_ERF);
     assert_int_equal(o->optimizer, CHOICE_OPTIMIZER_ADAMW);
     assert_int_equal(o->scheduler, CHOICE_SCHEDULER_COSINE);
     assert_int_equal(o->device, CHOICE_DEVICE_CPU);
@@ -228,6 +230,8 @@ static void test_choices_and_constants_agree(void **state) {
         CASE("--dataset", dataset, "synthetic", CHOICE_DATASET_SYNTHETIC),
         CASE("--augmentation", augmentation, "none", CHOICE_AUGMENTATION_NONE),
         CASE("--augmentation", augmentation, "basic", CHOICE_AUGMENTATION_BASIC),
+        CASE("--gelu", gelu, "erf", CHOICE_GELU_ERF),
+        CASE("--gelu", gelu, "tanh", CHOICE_GELU_TANH),
         CASE("--optimizer", optimizer, "adamw", CHOICE_OPTIMIZER_ADAMW),
         CASE("--optimizer", optimizer, "sgd", CHOICE_OPTIMIZER_SGD),
         CASE("--scheduler", scheduler, "cosine", CHOICE_SCHEDULER_COSINE),

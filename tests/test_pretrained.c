@@ -487,6 +487,28 @@ static void a_configuration_of_hugging_face_is_read(void **state) {
     close_subject(&bare);
 }
 
+/* Of timm's names test_checkpoint.c has the others. */
+static void the_form_of_gelu_is_read(void **state) {
+    (void)state;
+    static const struct {
+        const char *text;
+        vit_gelu form;
+    } cases[] = {{"\"hidden_act\": \"gelu_new\",", VIT_GELU_TANH},
+                 {"\"hidden_act\": \"gelu_pytorch_tanh\",", VIT_GELU_TANH},
+                 {"", VIT_GELU_ERF}};
+    subject exact = {.path = HF "hf4"};
+    load_well(&exact);
+    assert_int_equal(exact.model.config.gelu, VIT_GELU_ERF);
+    close_subject(&exact);
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        copy_model("hf4", "config.json", "\"hidden_act\": \"gelu\",", cases[i].text);
+        subject s = {.path = "model"};
+        load_well(&s);
+        assert_int_equal(s.model.config.gelu, cases[i].form);
+        close_subject(&s);
+    }
+}
+
 static void contradicting_configurations_are_refused(void **state) {
     (void)state;
     static const struct {
@@ -509,7 +531,8 @@ static void contradicting_configurations_are_refused(void **state) {
         {"\"2\": \"cat\"", "\"4\": \"cat\"",
          "id2label: found nothing for \"2\", expected a string for 0 to 2"},
         {"\"num_attention_heads\": 3", "\"num_attention_heads\": 5", "is not a multiple of 5 heads"},
-        {"\"gelu\"", "\"gelu_new\"", "hidden_act: found gelu_new, expected gelu"},
+        {"\"gelu\"", "\"gelu_fast\"",
+         "hidden_act: found gelu_fast, expected gelu or gelu_pytorch_tanh or gelu_new"},
         {"\"qkv_bias\": true", "\"qkv_bias\": false", "qkv_bias: found false, expected true"},
         {"\"qkv_bias\": true,", "", NULL},
         {"\"model_type\": \"vit\"", "\"model_type\": \"deit\"", "model_type: found deit, expected vit"},
@@ -649,18 +672,20 @@ static void an_exported_model_is_the_same_model(void **state) {
         const char *path;
         model_format format;
         size_t height, width;
+        vit_gelu gelu;
         const char *notes;
-    } cases[] = {{HF "hf4", MODEL_HF, 0, 0, "Hugging Face names"},
-                 {HF "hf5", MODEL_HF, 20, 8, "Hugging Face names"},
-                 {"golden/timm_tiny", MODEL_HF, 0, 0, "Hugging Face names"},
-                 {"golden/timm_tiny", MODEL_TIMM, 0, 0, ""},
-                 {"golden/timm_tiny", MODEL_TIMM, 24, 8, ""}};
+    } cases[] = {{HF "hf4", MODEL_HF, 0, 0, VIT_GELU_ERF, "Hugging Face names"},
+                 {HF "hf5", MODEL_HF, 20, 8, VIT_GELU_TANH, "Hugging Face names"},
+                 {"golden/timm_tiny", MODEL_HF, 0, 0, VIT_GELU_ERF, "Hugging Face names"},
+                 {"golden/timm_tiny", MODEL_TIMM, 0, 0, VIT_GELU_ERF, ""},
+                 {"golden/timm_tiny", MODEL_TIMM, 24, 8, VIT_GELU_TANH, ""}};
     for (size_t i = 0; i < COUNT(cases); i++) {
         char folder[32];
         snprintf(folder, sizeof folder, "deep/out%zu", i);
         subject s = {.path = cases[i].path, .height = cases[i].height, .width = cases[i].width};
         subject again = {.path = folder};
         load_well(&s);
+        s.model.config.gelu = cases[i].gelu;
         if (export(&s, cases[i].format, folder)) fail_msg("%s", s.error.text);
         load_well(&again);
         assert_string_equal(again.source.notes, cases[i].notes);
@@ -670,6 +695,7 @@ static void an_exported_model_is_the_same_model(void **state) {
         assert_true(a->image_height == b->image_height && a->image_width == b->image_width);
         assert_true(a->num_heads == b->num_heads && a->layer_norm_eps == b->layer_norm_eps);
         assert_int_equal(s.model.F, again.model.F);
+        assert_int_equal(b->gelu, cases[i].gelu);
         assert_memory_equal(s.source.mean, again.source.mean, sizeof s.source.mean);
         assert_memory_equal(s.source.std, again.source.std, sizeof s.source.std);
         assert_true(cJSON_Compare(s.source.label_names, again.source.label_names, 1));
@@ -705,13 +731,13 @@ static void what_cannot_be_exported_is_refused(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        TEST(every_spelling_gives_the_same_weights),   TEST(logits_are_pytorchs_in_double),
-        TEST(ten_steps_are_pytorchs_in_double),        TEST(positions_are_resampled_as_timm_does),
-        TEST(grids_are_told_apart_by_their_sides),     TEST(a_head_of_another_size_is_replaced),
-        TEST(a_configuration_of_hugging_face_is_read), TEST(contradicting_configurations_are_refused),
-        TEST(processors_tell_the_transform),           TEST(missing_and_unknown_tensors_are_listed),
-        TEST(pickles_are_refused_with_advice),         TEST(an_exported_model_is_the_same_model),
-        TEST(what_cannot_be_exported_is_refused),
+        TEST(every_spelling_gives_the_same_weights),    TEST(logits_are_pytorchs_in_double),
+        TEST(ten_steps_are_pytorchs_in_double),         TEST(positions_are_resampled_as_timm_does),
+        TEST(grids_are_told_apart_by_their_sides),      TEST(a_head_of_another_size_is_replaced),
+        TEST(a_configuration_of_hugging_face_is_read),  TEST(the_form_of_gelu_is_read),
+        TEST(contradicting_configurations_are_refused), TEST(processors_tell_the_transform),
+        TEST(missing_and_unknown_tensors_are_listed),   TEST(pickles_are_refused_with_advice),
+        TEST(an_exported_model_is_the_same_model),      TEST(what_cannot_be_exported_is_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

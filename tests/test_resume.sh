@@ -219,6 +219,8 @@ fails "a model of another depth" "tensor blocks.2.attn.qkv.weight: found none" \
     --resume auto --output-dir "$work/one" --depth 3 --nproc-per-node 2
 fails "a model with other heads" "num_heads: found 2, expected 4" \
     --resume auto --output-dir "$work/one" --num-heads 4 --nproc-per-node 2
+fails "a model with another GELU" "act_layer: found gelu, expected gelu_tanh" \
+    --resume auto --output-dir "$work/one" --gelu tanh --nproc-per-node 2
 fails "another seed" "trainer_state.json: found seed 0, asked for is 1: .*--seed" \
     --resume auto --output-dir "$work/one" --seed 1 --nproc-per-node 2
 fails "a global batch that the ranks do not divide" \

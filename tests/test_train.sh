@@ -267,7 +267,7 @@ effects() {
     small_run plain-steps --max-steps 3 --matmul own
     for option in "drop-path 0.5" "label-smoothing 0.3" "gradient-clipping 0.01" "weight-decay 0.9" \
         "beta1 0.5" "beta2 0.9" "eps 0.1" "optimizer sgd" "layer-norm-eps 0.1" "mean 0" "std 2" \
-        "mlp-ratio 2"; do
+        "mlp-ratio 2" "gelu tanh"; do
         small_run "plain-${option% *}" --max-steps 3 --matmul own "--${option% *}" "${option#* }"
         [ -n "$(same_weights plain-steps "plain-${option% *}")" ] || echo "--$option changes nothing"
     done
@@ -331,6 +331,27 @@ why=$(small_run eps --layer-norm-eps 1e-3 --max-steps 1 &&
     small_run eps-kept --pretrained "$work/eps" --max-steps 1)
 [ "$(jq .layer_norm_eps "$(latest eps-kept)/config.json")" = 0.001 ] || why="$why: it was lost"
 verdict "a pretrained model keeps its LayerNorm eps" "$why"
+
+# A model with GELU by tanh: its form goes where its weights go, unless --gelu says otherwise.
+gelu() {
+    small_run tanh --gelu tanh --max-steps 1
+    [ "$(option tanh gelu)" = '"tanh"' ] || echo "config.json does not have it"
+    $train eval --checkpoint "$work/tanh" --limit-val 50 >"$work/a"
+    $train eval --checkpoint "$work/tanh" --gelu erf --limit-val 50 | cmp -s - "$work/a" &&
+        echo "--gelu erf has no effect on it"
+    for format in timm hf; do
+        $train export --checkpoint "$work/tanh" --format $format --output-dir "$work/tanh-$format" >"$work/b"
+        $train eval --checkpoint "$work/tanh-$format" --limit-val 50 --quiet | cmp - "$work/a" 2>&1
+    done
+    small_run tanh-kept --pretrained "$work/tanh-hf" --max-steps 1
+    small_run tanh-erf --pretrained "$work/tanh-hf" --gelu erf --max-steps 1
+    found=$(jq -c .model_args.act_layer "$(latest tanh)/config.json" "$(latest tanh-kept)/config.json" \
+        "$(latest tanh-erf)/config.json" "$work/tanh-timm/config.json" | tr '\n' ' ')
+    [ "$found" = '"gelu_tanh" "gelu_tanh" null "gelu_tanh" ' ] || echo "found act_layer $found"
+    found=$(jq -c .hidden_act "$work/tanh-hf/config.json")
+    [ "$found" = '"gelu_pytorch_tanh"' ] || echo "found hidden_act $found"
+}
+verdict "checkpoints, exports and pretrained models keep the form of GELU" "$(gelu | head -1)"
 
 # Another image size, other classes: adapted, said once whatever the ranks, and not with --quiet.
 adapted() {
