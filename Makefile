@@ -16,7 +16,7 @@ override CFLAGS += -std=gnu11 $(WARNINGS) -I.
 HEADERS := $(wildcard *.h io/*.h data/*.h)
 PARSERS := file json options safetensors data image imagefolder loader metrics
 TESTS   := $(PARSERS) checkpoint pretrained compare runtime ops model dist schedule memory poison waits transport
-SCRIPTS := example mismatch train tcp start launchers nccl resume kill images errors cuda_errors compare strategies docs
+SCRIPTS := example mismatch train tcp start launchers cuda_on_cpu nccl resume kill images errors cuda_errors compare strategies docs
 FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
@@ -72,9 +72,20 @@ build/plain/train build/asan/train build/tsan/train: build/%/train: train.c $(fo
 build/plain/libnvidia-ml.so.1: tests/fake_nvml.c | build/plain/
 	$(CC) $(CFLAGS) -shared -fPIC $< -o $@
 
-# The program over tests/fake_nccl.c instead of NCCL and a GPU.
-build/plain/train_fake: train.c tests/fake_nccl.c build/plain/vit_cpu.o $(PROCESS:%=build/plain/%.o) build/plain/dist_nccl.o $(HEADERS)
-	$(CC) $(CFLAGS) $(plain_CFLAGS) -DHAVE_CUDA $(MPI_CFLAGS) $(NCCL_CFLAGS) $(filter %.c %.o,$^) -o $@ $(plain_LIBS)
+# vit_cuda.cu run by the CPU (tests/cuda_on_cpu.h says what changes in its source), for tests without a GPU.
+ON_CPU := build/cuda_on_cpu
+ON_CPU_FLAGS := -O3 -g -march=native -mprefer-vector-width=512 -std=c++20 -I. -isystem $(dir $(NVCC))../include
+ON_CPU_OBJECTS := $(ON_CPU)/vit_cuda.o $(ON_CPU)/cuda_on_cpu.o build/plain/vit_cpu.o
+$(ON_CPU)/vit_cuda.cpp: vit_cuda.cu | $(ON_CPU)/
+	sed -e '/^.\* -* tensor cores \*.$$/,/^.\* -* attention, fused \*.$$/d' -e 's/extern __shared__/extern/' \
+	    -e 's/kernel_<<<\(.*\)>>>(__VA_ARGS__)/cuda_launch(kernel_, \1, __VA_ARGS__)/' $< >$@
+$(ON_CPU)/vit_cuda.o: $(ON_CPU)/vit_cuda.cpp tests/cuda_on_cpu.h vit.h runtime.h base.h build/config.mk
+	$(CXX) $(ON_CPU_FLAGS) -w -fno-strict-aliasing -include tests/cuda_on_cpu.h -c $< -o $@
+$(ON_CPU)/cuda_on_cpu.o: tests/cuda_on_cpu.cpp tests/cuda_on_cpu.h build/config.mk | $(ON_CPU)/
+	$(CXX) $(ON_CPU_FLAGS) $(WARNINGS) -c $< -o $@
+$(ON_CPU)/train: train.c $(if $(NCCL_LIBS),tests/fake_nccl.c build/plain/dist_nccl.o) $(ON_CPU_OBJECTS) $(PROCESS:%=build/plain/%.o) $(HEADERS)
+	$(CC) $(CFLAGS) $(plain_CFLAGS) $(CUDA_CFLAGS) $(MPI_CFLAGS) $(NCCL_CFLAGS) $(filter %.c %.o,$^) -o $@ \
+	    $(plain_LIBS) -lstdc++
 
 # Machine code for each of CUDA_ARCHS, and PTX of the last, which newer GPUs translate.
 gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a)) \
@@ -118,6 +129,9 @@ $(GPU_TESTS): build/cuda/%: tests/%.c build/plain/vit_cpu.o build/cuda/vit_cuda.
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $(CUDA_CFLAGS) $< $(filter %.o,$^) -o $@ -lcmocka $(plain_LIBS) \
 	    $(CUDA_LIBS)
 
+$(ON_CPU)/test_ops $(ON_CPU)/test_cuda: $(ON_CPU)/%: tests/%.c $(ON_CPU_OBJECTS) $(HEADERS) $(wildcard tests/*.h)
+	$(CC) $(CFLAGS) $(plain_CFLAGS) $(CUDA_CFLAGS) $(filter %.c %.o,$^) -o $@ -lcmocka $(plain_LIBS) -lstdc++
+
 build/plain/test_image_stb: tests/test_image.c $(HEADERS) build/config.mk # the fallback for JPEGs
 	$(CC) $(test_flags) -UHAVE_JPEG $< -o $@ -lcmocka $(plain_LIBS)
 
@@ -129,13 +143,13 @@ build/plain/bench_decode: tests/bench_decode.c $(HEADERS) build/config.mk | buil
 
 PROGRAMS := $(TESTS:%=build/plain/test_%) $(TESTS:%=build/asan/test_%)
 PROGRAMS += build/plain/test_image_stb build/tsan/test_runtime build/tsan/test_dist build/tsan/test_loader build/tsan/test_transport
+PROGRAMS += $(if $(NVCC),$(ON_CPU)/test_ops $(ON_CPU)/test_cuda)
 
 test:
 	@scripts/install.sh test
 	@$(MAKE) --no-print-directory -j$$(nproc) test-built
 test-built: train build/asan/train build/tsan/train build/plain/mismatch $(PROGRAMS) \
-    $(if $(NCCL_LIBS),build/plain/train_fake build/plain/libnvidia-ml.so.1) \
-    $(if $(NVCC),build/cuda/fake_cuda.so)
+    $(if $(NVCC),build/cuda/fake_cuda.so build/plain/libnvidia-ml.so.1 $(ON_CPU)/train)
 	@tests/run.sh $(PROGRAMS) $(SCRIPTS:%=tests/test_%.sh)
 
 test-gpu: train $(if $(NVCC),$(GPU_TESTS))
@@ -182,7 +196,7 @@ docs: train
 # ------------------------------------------------------------------------------------------------ the rest
 
 format:
-	clang-format -i *.c *.h *.cu io/*.h data/*.h tests/*.c tests/*.h
+	clang-format -i *.c *.h *.cu io/*.h data/*.h tests/*.c tests/*.h tests/*.cpp
 
 install: train
 	install -D train $(DESTDIR)$(PREFIX)/bin/vit-train

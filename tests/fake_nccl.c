@@ -1,14 +1,11 @@
-/* fake_nccl.c - a second implementation of NCCL's interface and of the CUDA device, for machines without a
- * GPU: memory is the host's, operations are vit_cpu's, and collectives go through memory that the
- * processes share, carried out behind the host, in order, by a thread that stands for the communication
- * stream. Sums are in rank order, so that all numbers must equal the local transport's.
+/* fake_nccl.c - a second implementation of NCCL's interface, for tests/cuda_on_cpu.h: a collective is work of
+ * the stream that it is launched on, and goes through memory that the processes share. Sums are in rank order,
+ * so that all numbers must equal the local transport's. A thread stands for the GPU, which needs nobody to
+ * wait for it: it runs the stream.
  *
- * FAKE_CUDA_DEVICES: how many devices there are (4). FAKE_NCCL_FAIL=RANK:N: NCCL reports an asynchronous
- * error on that rank after its N-th collective. */
+ * FAKE_NCCL_FAIL=RANK:N: NCCL reports an asynchronous error on that rank after its N-th collective. */
 #define _GNU_SOURCE
-#define vit_cuda vit_cuda_declared /* vit.h declares it const */
 #include "vit.h"
-#undef vit_cuda
 
 #include <fcntl.h>
 #include <nccl.h>
@@ -18,7 +15,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { SLOT = 1 << 20, QUEUE = 64, MOST_RANKS = 16 };
+enum { SLOT = 1 << 20, MOST_RANKS = 16 };
 
 typedef struct {
     atomic_ulong arrived[MOST_RANKS]; /* meetings that each rank has come to */
@@ -28,6 +25,7 @@ typedef struct {
 typedef enum { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, REDUCE } kind;
 
 typedef struct {
+    struct ncclComm *comm;
     kind kind;
     const char *in;
     char *out;
@@ -39,16 +37,14 @@ typedef struct {
 struct ncclComm {
     int rank, size, fails_after;
     shared_memory *shared;
+    cudaStream_t stream; /* of the last launch */
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    operation queue[QUEUE];
-    unsigned long posted, done;
-    int stop;
+    int launched, stop; /* launched: since the thread last looked */
     atomic_int aborted;
+    atomic_ulong done; /* collectives */
 };
-
-static struct ncclComm *the_comm; /* of this process: events are positions in its queue */
 
 /* -------------------------------------------------------------------------------------------- collectives */
 
@@ -87,7 +83,7 @@ static void add(char *out, const char *in, size_t n, ncclDataType_t type) {
 /* Elements [at, at + n) of what every rank brings. */
 static int carry_out_piece(struct ncclComm *c, const operation *o, size_t at, size_t n) {
     size_t size = size_of(o->type), share = o->count / (size_t)c->size;
-    _Alignas(64) static char sum[SLOT]; /* one thread uses it */
+    _Alignas(64) static char sum[SLOT]; /* a stream runs one collective at a time */
     int brings = o->kind != BROADCAST || c->rank == o->root;
     if (brings) memcpy(c->shared->slot[c->rank], o->in + at * size, n * size);
     if (meet(c)) return -1;
@@ -109,30 +105,38 @@ static int carry_out_piece(struct ncclComm *c, const operation *o, size_t at, si
     return meet(c); /* the slots are free again */
 }
 
-static void *carry_out(void *argument) {
+/* What the stream runs. It is kept, as a graph may run it again. */
+static void carry_out(void *argument) {
+    const operation *o = argument;
+    size_t step = SLOT / size_of(o->type);
+    for (size_t at = 0; at < o->count && !atomic_load(&o->comm->aborted); at += step)
+        if (carry_out_piece(o->comm, o, at, o->count - at < step ? o->count - at : step)) break;
+    atomic_fetch_add(&o->comm->done, 1);
+}
+
+static void *run_stream(void *argument) {
     struct ncclComm *c = argument;
     pthread_mutex_lock(&c->lock);
     for (;;) {
-        while (c->done == c->posted && !c->stop) pthread_cond_wait(&c->changed, &c->lock);
+        while (!c->launched && !c->stop) pthread_cond_wait(&c->changed, &c->lock);
         if (c->stop) break;
-        operation o = c->queue[c->done % QUEUE];
+        c->launched = 0;
         pthread_mutex_unlock(&c->lock);
-        size_t step = SLOT / size_of(o.type);
-        for (size_t at = 0; at < o.count; at += step)
-            if (carry_out_piece(c, &o, at, o.count - at < step ? o.count - at : step)) break;
+        cudaStreamSynchronize(c->stream); /* an error, harmless, while it is captured */
         pthread_mutex_lock(&c->lock);
-        c->done++;
-        pthread_cond_broadcast(&c->changed);
     }
     pthread_mutex_unlock(&c->lock);
     return NULL;
 }
 
-static ncclResult_t post(struct ncclComm *c, operation o) {
-    if (c != the_comm || atomic_load(&c->aborted)) return ncclInvalidUsage;
+static ncclResult_t launch(struct ncclComm *c, operation o, cudaStream_t s) {
+    operation *kept = malloc(sizeof *kept);
+    if (!kept || atomic_load(&c->aborted)) return free(kept), ncclInvalidUsage;
+    *kept = o;
+    if (cudaLaunchHostFunc(s, carry_out, kept) != cudaSuccess) return ncclUnhandledCudaError;
     pthread_mutex_lock(&c->lock);
-    while (c->posted - c->done == QUEUE) pthread_cond_wait(&c->changed, &c->lock);
-    c->queue[c->posted++ % QUEUE] = o;
+    c->stream = s;
+    c->launched = 1;
     pthread_cond_broadcast(&c->changed);
     pthread_mutex_unlock(&c->lock);
     return ncclInProgress; /* as NCCL answers sometimes */
@@ -140,29 +144,25 @@ static ncclResult_t post(struct ncclComm *c, operation o) {
 
 ncclResult_t ncclAllReduce(const void *in, void *out, size_t n, ncclDataType_t type, ncclRedOp_t op,
                            ncclComm_t c, cudaStream_t s) {
-    (void)s;
-    return op == ncclSum ? post(c, (operation){ALL_REDUCE, in, out, n, 0, type}) : ncclInvalidArgument;
+    return op == ncclSum ? launch(c, (operation){c, ALL_REDUCE, in, out, n, 0, type}, s)
+                         : ncclInvalidArgument;
 }
 ncclResult_t ncclReduceScatter(const void *in, void *out, size_t n, ncclDataType_t type, ncclRedOp_t op,
                                ncclComm_t c, cudaStream_t s) {
-    (void)s;
-    operation o = {REDUCE_SCATTER, in, out, n * (size_t)c->size, 0, type};
-    return op == ncclSum ? post(c, o) : ncclInvalidArgument;
+    operation o = {c, REDUCE_SCATTER, in, out, n * (size_t)c->size, 0, type};
+    return op == ncclSum ? launch(c, o, s) : ncclInvalidArgument;
 }
 ncclResult_t ncclAllGather(const void *in, void *out, size_t n, ncclDataType_t type, ncclComm_t c,
                            cudaStream_t s) {
-    (void)s;
-    return post(c, (operation){ALL_GATHER, in, out, n, 0, type});
+    return launch(c, (operation){c, ALL_GATHER, in, out, n, 0, type}, s);
 }
 ncclResult_t ncclBroadcast(const void *in, void *out, size_t n, ncclDataType_t type, int root, ncclComm_t c,
                            cudaStream_t s) {
-    (void)s;
-    return post(c, (operation){BROADCAST, in, out, n, root, type});
+    return launch(c, (operation){c, BROADCAST, in, out, n, root, type}, s);
 }
 ncclResult_t ncclReduce(const void *in, void *out, size_t n, ncclDataType_t type, ncclRedOp_t op, int root,
                         ncclComm_t c, cudaStream_t s) {
-    (void)s;
-    return op == ncclSum ? post(c, (operation){REDUCE, in, out, n, root, type}) : ncclInvalidArgument;
+    return op == ncclSum ? launch(c, (operation){c, REDUCE, in, out, n, root, type}, s) : ncclInvalidArgument;
 }
 /* No strategy sends yet. */
 ncclResult_t ncclSend(const void *in, size_t n, ncclDataType_t type, int peer, ncclComm_t c, cudaStream_t s) {
@@ -203,15 +203,13 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int size, ncclUniqueId id,
     pthread_cond_init(&c->changed, NULL);
     if (meet(c)) return ncclSystemError;
     if (rank == 0) unlink(id.internal);
-    the_comm = *comm = c;
-    return pthread_create(&c->thread, NULL, carry_out, c) ? ncclSystemError : ncclInProgress;
+    *comm = c;
+    return pthread_create(&c->thread, NULL, run_stream, c) ? ncclSystemError : ncclInProgress;
 }
 
 ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) {
-    pthread_mutex_lock(&c->lock);
-    *error = c->fails_after >= 0 && c->done > (unsigned long)c->fails_after ? ncclRemoteError : ncclSuccess;
-    pthread_mutex_unlock(&c->lock);
-    return ncclSuccess;
+    int fails = c->fails_after >= 0 && atomic_load(&c->done) > (unsigned long)c->fails_after;
+    return *error = fails ? ncclRemoteError : ncclSuccess, ncclSuccess;
 }
 
 static ncclResult_t end(ncclComm_t c) {
@@ -227,9 +225,7 @@ ncclResult_t ncclCommAbort(ncclComm_t c) {
     return end(c);
 }
 ncclResult_t ncclCommFinalize(ncclComm_t c) {
-    pthread_mutex_lock(&c->lock);
-    while (c->done < c->posted) pthread_cond_wait(&c->changed, &c->lock);
-    pthread_mutex_unlock(&c->lock);
+    if (c->stream) cudaStreamSynchronize(c->stream);
     return ncclSuccess;
 }
 ncclResult_t ncclCommDestroy(ncclComm_t c) { return end(c); }
@@ -248,102 +244,4 @@ const char *ncclGetErrorString(ncclResult_t result) {
 const char *ncclGetLastError(ncclComm_t c) {
     (void)c;
     return "an error (fake)";
-}
-
-/* --------------------------------------------------------------------------------------------- the device */
-
-cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device ? cudaErrorInvalidDevice : cudaSuccess; }
-cudaError_t cudaMalloc(void **memory, size_t bytes) {
-    return (*memory = calloc(1, bytes)) ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-cudaError_t cudaFree(void *memory) { return free(memory), cudaSuccess; }
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-    (void)flags;
-    *event = calloc(1, sizeof(unsigned long));
-    return *event ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    free(event);
-    return cudaSuccess;
-}
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s) {
-    (void)s;
-    if (the_comm) *(unsigned long *)event = the_comm->posted; /* by the thread that posts */
-    return cudaSuccess;
-}
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-    pthread_mutex_lock(&the_comm->lock);
-    int ready = the_comm->done >= *(unsigned long *)event;
-    pthread_mutex_unlock(&the_comm->lock);
-    return ready ? cudaSuccess : cudaErrorNotReady;
-}
-
-/* Operations of the CPU have run when their call returns; only the communication stream runs behind. */
-static void record(rt_stream *s, rt_event *event) {
-    int communicates = s == &s->rank->stream[RT_COMMUNICATION];
-    event->device = (void *)(communicates && the_comm ? the_comm->posted : 0);
-}
-static void wait_for(rt_stream *s, rt_event *event) {
-    struct ncclComm *c = the_comm;
-    if (!event->device || s == &s->rank->stream[RT_COMMUNICATION]) return;
-    pthread_mutex_lock(&c->lock);
-    while (c->done < (unsigned long)event->device && !atomic_load(&c->aborted))
-        pthread_cond_wait(&c->changed, &c->lock);
-    pthread_mutex_unlock(&c->lock);
-}
-
-static int fake_memory(int first, int ranks, double *unused, double *total, error_text *e) {
-    int count = getenv("FAKE_CUDA_DEVICES") ? atoi(getenv("FAKE_CUDA_DEVICES")) : 4;
-    if (first >= count)
-        return error_set(
-            e,
-            "found %d CUDA devices, and a rank that is number %d of this host, expected a device "
-            "for each (--backend local lets ranks share them)",
-            count, first);
-    *unused = *total = 1e10 * ranks;
-    return 0;
-}
-
-static int fake_list(FILE *out, error_text *e) {
-    (void)e;
-    fprintf(out, "GPU                fake\n");
-    return 0;
-}
-
-static int fake_open(rt_rank *rank, error_text *e) {
-    if (vit_cpu.open(rank, e)) return -1;
-    rank->record = record;
-    rank->wait = wait_for;
-    return 0;
-}
-
-static int fake_reserve(rt_rank *rank, const rt_ledger *ledger, error_text *e) {
-    (void)e;
-    rank->arena = rank; /* something to register */
-    rank->arena_size = ledger->total_peak_bytes;
-    return 0;
-}
-
-void vit_cuda_products(rt_rank *rank, int tf32, int first_algorithm) {
-    (void)rank, (void)tf32, (void)first_algorithm;
-}
-
-static int fake_address(const rt_rank *rank, char address[32], error_text *e) {
-    (void)e;
-    snprintf(address, 32, "0000:%02x:00.0", (unsigned)rank->rank % 255 + 1);
-    return 0;
-}
-
-vit_device vit_cuda;
-
-__attribute__((constructor)) static void make_device(void) {
-    vit_cuda = vit_cpu;
-    vit_cuda.name = "cuda";
-    vit_cuda.open = fake_open;
-    vit_cuda.memory = fake_memory;
-    vit_cuda.list = fake_list;
-    vit_cuda.reserve = fake_reserve;
-    vit_cuda.address = fake_address;
 }

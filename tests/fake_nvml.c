@@ -1,5 +1,5 @@
 /* fake_nvml.c - NVML for machines without a GPU: libnvidia-ml.so.1 with one GPU, of fixed figures, at the
- * address of tests/fake_nccl.c's device 0. It cannot tell its power, as some GPUs cannot. */
+ * address of tests/cuda_on_cpu.cpp's device 0. It cannot tell its power, as some GPUs cannot. */
 #include <string.h>
 
 enum { SUCCESS, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6 };

@@ -1,8 +1,9 @@
 #!/bin/sh
 # What only a machine with an NVIDIA GPU can show: every strategy on ranks that share one. tests/test_gpu.sh [BUILD]
-# Prints "ok", "not ok" or "skip" before the name of each case. Needs jq.
+# STEPS: how many a run takes. Prints "ok", "not ok" or "skip" before the name of each case. Needs jq.
 set -u
 . tests/lib.sh
+steps=${STEPS:-20}
 
 if ! "$train" env --device cuda >"$work/env" 2>&1; then
     skip "strategies on a GPU" "$(tail -1 "$work/env")"
@@ -13,7 +14,7 @@ fi
 run() {
     directory=$work/$1
     shift
-    "$train" --output-dir "$directory" --embed-dim 128 --num-heads 2 --depth 3 --batch-size 8 --max-steps 20 \
+    "$train" --output-dir "$directory" --embed-dim 128 --num-heads 2 --depth 3 --batch-size 8 --max-steps $steps \
         --gradient-clipping 1 --drop-path 0.1 --limit-val 64 "$@" >"$directory.out" 2>"$directory.err" && return
     echo "status $? of train $*: $(tail -1 "$directory.err")"
 }
@@ -24,9 +25,9 @@ weights() { echo "$work/$1/checkpoints/$(cat "$work/$1/checkpoints/latest")/mode
 far() { # NAME NAME BAR
     losses "$1" >"$work/a"
     losses "$2" >"$work/b"
-    paste "$work/a" "$work/b" | awk -v bar="$3" '
+    paste "$work/a" "$work/b" | awk -v bar="$3" -v steps="$steps" '
         { d = $1 > $2 ? ($1 - $2) / $1 : ($2 - $1) / $2; if (!(d <= most)) most = d; if (NF != 2) most = 1e9 }
-        END { if (NR != 20 || !(most <= bar)) print "losses differ by " most ", allowed " bar }'
+        END { if (NR != steps || !(most <= bar)) print "losses differ by " most ", allowed " bar }'
 }
 
 # In fp32 the GPU's losses are the CPU's but for rounding. Which algorithm a product takes is a matter of timing,
@@ -77,15 +78,21 @@ done
 other "two micro-batches" "gpu single" 1e-4 --batch-size 4 --gradient-accumulation-steps 2
 other "two micro-batches as CUDA graphs, zero3" "gpu two micro-batches" 1e-4 --cuda-graphs --strategy zero3 \
     --batch-size 4 --gradient-accumulation-steps 2
-other "fp16 as CUDA graphs" "gpu single" 2e-2 --cuda-graphs --precision fp16
+for set in "fp16 --precision fp16" "tanh --gelu tanh --precision bf16"; do
+    set -- ${set#* }
+    name="one rank, ${set%% *}" # whose steps, with loss scaling, are not those of fp32
+    run "cpu $name" "$@"
+    other "$name" "cpu $name" 2e-2 "$@"
+    other "$name, as CUDA graphs" "gpu $name" 2e-2 --cuda-graphs "$@"
+done
 other "TF32" "gpu single" 2e-2 --tf32
 
 grep -q '^GPU, in use ' "$work/gpu single.err" && grep -q '^difference ' "$work/gpu single.err"
 verdict "the ledger stands beside what the GPU says" "$([ $? -eq 0 ] || echo "no such lines: $(tail -3 "$work/gpu single.err")")"
 
 # What cannot fit is refused with the GPU's memory, not the machine's.
-"$train" --device cuda --dataset synthetic --model vit_huge_patch14_224 --batch-size 100000 --limit-train 100000 \
-    --output-dir "$work/too-large" >"$work/out" 2>"$work/err"
+"$train" --device cuda --dataset synthetic --model vit_huge_patch14_224 --embed-dim 16000 --depth 64 --batch-size 64 \
+    --limit-train 64 --output-dir "$work/too-large" >"$work/out" 2>"$work/err"
 why=
 grep -q '^train: error: out of memory: ' "$work/err" || why="found $(head -1 "$work/err")"
 verdict "a model that does not fit: the error and what would fit" "$why"

@@ -1,52 +1,55 @@
 #!/bin/sh
-# dist_nccl.c over tests/fake_nccl.c, a second implementation of NCCL's interface: the numbers of the local
-# transport, processes that the program starts itself, failures. NCCL itself needs a GPU (make test-gpu).
+# dist_nccl.c over tests/fake_nccl.c, a second implementation of NCCL's interface, and vit_cuda.cu on the CPU: the
+# numbers of the local transport, processes that the program starts itself, failures. NCCL itself needs a GPU
+# (make test-gpu).
 . tests/lib.sh
-fake=$build/plain/train_fake
-[ -x "$fake" ] || { skip "NCCL" "the program was built without it (nvcc, nccl.h)"; exit 0; }
-options="--max-steps 4 --batch-size 8 --gradient-accumulation-steps 2 --threads-per-rank 1 --quiet"
+fake=$build/cuda_on_cpu/train
+[ -x "$fake" ] && "$fake" env | grep -q '^backends .*nccl' ||
+    { skip "NCCL" "the program was built without it (nvcc, nccl.h)"; exit 0; }
+export CUDA_ON_CPU_DEVICES=4
+options="--max-steps 4 --limit-val 16 --batch-size 8 --gradient-accumulation-steps 2 --threads-per-rank 1 --quiet"
 
 # cuda NAME OPTIONS...: a run on devices; its exit status is in $status
 cuda() {
     name=$1
     shift
-    timeout 60 "$fake" --device cuda --timeout 20 "$@" --output-dir "$work/$name" >"$work/$name.log" 2>&1
+    timeout 60 "$fake" --device cuda --deterministic --timeout 20 "$@" --output-dir "$work/$name" \
+        >"$work/$name.log" 2>&1
     status=$?
+}
+
+# over NAME OPTIONS...: the same over NCCL and, as NAME-local, by threads; prints what differs
+over() {
+    pair=$1
+    shift
+    cuda "$pair-local" --backend local "$@"
+    cuda "$pair" "$@"
+    difference "$pair" "$pair-local"
 }
 
 for n in 2 3; do
     for strategy in dp ddp zero1 zero2 zero3; do
         # shellcheck disable=SC2086
-        cuda nccl --nproc-per-node $n --strategy $strategy $options
-        # shellcheck disable=SC2086
-        "$train" --nproc-per-node $n --strategy $strategy $options --output-dir "$work/local" >/dev/null 2>&1
-        wrong=$(difference nccl local)
+        wrong=$(over nccl --nproc-per-node $n --strategy $strategy $options)
         grep -q '"backend":[[:space:]]*"nccl"' "$work/nccl/config.json" || wrong="it was not over NCCL"
         verdict "$strategy on $n processes" "$wrong"
-        rm -rf "$work/nccl" "$work/local"
+        rm -rf "$work/nccl" "$work/nccl-local"
     done
 done
 # shellcheck disable=SC2086
-cuda half --nproc-per-node 2 --strategy zero3 --precision bf16 $options
-# shellcheck disable=SC2086
-"$train" --nproc-per-node 2 --strategy zero3 --precision bf16 $options --output-dir "$work/half-local" \
-    >/dev/null 2>&1
-verdict "zero3 in bf16" "$(difference half half-local)"
+verdict "zero3 in bf16" "$(over half --nproc-per-node 2 --strategy zero3 --precision bf16 $options)"
 
 # the optimizer in host memory: the same files, and the ledger says where it lies
-for run in "1 single fp32" "2 ddp bf16" "2 zero1 fp16" "2 zero3 fp32"; do
+for run in "2 ddp bf16" "2 zero1 fp16" "2 zero3 fp32"; do
     # shellcheck disable=SC2086
     set -- $run
     # shellcheck disable=SC2086
-    cuda offload --offload optimizer --nproc-per-node $1 --strategy $2 --precision $3 $options
-    # shellcheck disable=SC2086
-    "$train" --nproc-per-node $1 --strategy $2 --precision $3 $options --output-dir "$work/local" >/dev/null 2>&1
-    wrong=$(difference offload local)
+    wrong=$(over offload --offload optimizer --nproc-per-node $1 --strategy $2 --precision $3 $options)
     here=$(jq -s "map(select(.event == \"memory\" and .optimizer_bytes == 0 and .host_bytes > 0)) | length" \
         "$work/offload/metrics.jsonl")
     [ "$here" = "$1" ] || wrong="found $here lines of memory with an optimizer on the host, expected $1"
     verdict "offload: $2 on $1, $3" "$wrong"
-    rm -rf "$work/offload" "$work/local"
+    rm -rf "$work/offload" "$work/offload-local"
 done
 
 # one rank, as far as NCCL can be tried on a machine with one GPU
@@ -54,7 +57,7 @@ done
 RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) cuda one --backend nccl \
     --strategy zero3 $options
 # shellcheck disable=SC2086
-"$train" --strategy single $options --output-dir "$work/one-local" >/dev/null 2>&1
+cuda one-local --strategy single $options
 verdict "one rank" "$(difference one one-local)"
 
 export NCCL_DEBUG=WARN NCCL_SOCKET_IFNAME=lo
@@ -73,7 +76,7 @@ one_error() {
 }
 FAKE_NCCL_FAIL=1:7 cuda asynchronous --nproc-per-node 3 --epochs 1000 --quiet
 one_error asynchronous "rank 1: NCCL: a remote process has failed (fake), after [a-z_]* [0-9]* ("
-FAKE_CUDA_DEVICES=2 cuda devices --nproc-per-node 3
+CUDA_ON_CPU_DEVICES=2 cuda devices --nproc-per-node 3
 one_error devices "found 2 CUDA devices, .*--backend local"
 cuda data --nproc-per-node 2 --data-path /nowhere
 one_error data "/nowhere"
@@ -114,14 +117,14 @@ export LD_LIBRARY_PATH
 # shellcheck disable=SC2086
 cuda figures --nproc-per-node 2 --strategy zero3 --precision fp16 $options
 unset LD_LIBRARY_PATH
-wrong=$(jq -r -s --slurpfile config "$work/figures/config.json" --argjson images 1438 --argjson val 359 \
+wrong=$(jq -r -s --slurpfile config "$work/figures/config.json" --argjson images 1438 --argjson val 16 \
     --argjson channels 1 -f tests/metrics.jq "$work/figures/metrics.jsonl" 2>&1 | head -3)
 found=$(jq -c 'select(.event == "step") | [.gpu_utilization, .gpu_memory_bytes, .gpu_power_w, .gpu_temperature_c]' \
     "$work/figures/metrics.jsonl" | sort -u)
 [ "$found" = "[0.87,5000000000,null,61]" ] || wrong="$wrong found $found"
 verdict "figures of NVML in metrics.jsonl" "$wrong"
 # shellcheck disable=SC2086
-FAKE_CUDA_DEVICES=1 cuda no-figures $options
+CUDA_ON_CPU_DEVICES=1 cuda no-figures $options
 wrong=""
 if jq -e 'select(.event == "step") | has("gpu_power_w")' "$work/no-figures/metrics.jsonl" >/dev/null; then
     [ -n "$(ldconfig -p 2>/dev/null | grep libnvidia-ml)" ] || wrong="found figures"
