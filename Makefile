@@ -111,7 +111,7 @@ test_flags = $(CFLAGS) $($(flavour)_CFLAGS) $(if $(filter %test_waits,$@),-DDIST
 test_flags += $(if $(filter %test_poison,$@),-DDIST_DEBUG)
 define test_rule
 build/$(1)/test_transport: tests/test_transport.c build/$(1)/vit_cpu.o $(PROCESS:%=build/$(1)/%.o) $$(HEADERS)
-	$$(CC) $$(test_flags) $$(filter %.c %.o,$$^) -o $$@ -lcmocka $$($(1)_LIBS)
+	$$(CC) $$(test_flags) $$(MPI_CFLAGS) $$(filter %.c %.o,$$^) -o $$@ -lcmocka $$($(1)_LIBS)
 $(PARSERS:%=build/$(1)/test_%): build/$(1)/test_%: tests/test_%.c $$(HEADERS) tests/files.h build/config.mk | build/$(1)/
 	$$(CC) $$(test_flags) $$< -o $$@ -lcmocka $$($(1)_LIBS)
 build/$(1)/test_%: tests/test_%.c build/$(1)/vit_cpu.o $$(HEADERS) $$(wildcard tests/*.h)

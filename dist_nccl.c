@@ -4,20 +4,16 @@
  * processes: on a failure it aborts the communicator, so that kernels which wait for a lost rank end, and
  * with them whoever waits for these. */
 #include "dist_nccl.h"
-#include "rendezvous.h"
 
 #include <nccl.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 typedef struct {
-    dist_hub hub; /* first: comm->shared */
     dist_process head;
-    rendezvous *meeting;
-    int rank, size, gpu, speaks, watches;
+    int gpu, watches;
     ncclUniqueId id;
     void *registered;
     void *token; /* of barriers: one int64 of device memory, which the arena has no room for */
@@ -32,9 +28,9 @@ typedef struct {
 
 /* With the lock held. The first failure of the world aborts what runs; `speaks`: this process prints it. */
 static void fail(dist_nccl *n, int speaks, const char *why) {
-    rt_rank *rank = &n->hub.world->ranks[0];
+    rt_rank *rank = &n->head.hub.world->ranks[0];
     if (!atomic_load(&rank->world->failed)) {
-        n->speaks = speaks;
+        n->head.speaks = speaks;
         rt_fail_with_table(rank, "%s", why);
     }
     if (n->comm) ncclCommAbort(n->comm);
@@ -44,7 +40,7 @@ static void fail(dist_nccl *n, int speaks, const char *why) {
 /* Until NCCL, whose calls do not block here, has accepted one. -1: the world has failed; the watcher says
  * why. */
 static int settle(dist_nccl *n, ncclResult_t result) {
-    rt_world *w = n->hub.world;
+    rt_world *w = n->head.hub.world;
     for (double begin = rt_seconds();; rt_seconds() - begin < 1e-3 ? sched_yield() : usleep(100)) {
         pthread_mutex_lock(&w->lock);
         if (result == ncclInProgress && n->comm) ncclCommGetAsyncError(n->comm, &result);
@@ -60,25 +56,25 @@ static int settle(dist_nccl *n, ncclResult_t result) {
 /* Looks ten times a second: has NCCL failed, has a process gone, does a collective take too long? */
 static void *watch(void *argument) {
     dist_nccl *n = argument;
-    rt_world *w = n->hub.world;
+    rt_world *w = n->head.hub.world;
     cudaSetDevice(n->gpu); /* or the first question would begin with device 0 */
     for (int stop = 0; !stop; poll(NULL, 0, 100)) {
         error_text why = {{0}}, what = {{0}};
-        int speaks = 1, gone = rendezvous_gone(n->meeting);
-        int told = gone >= 0 && rendezvous_told(n->meeting, gone, &why, &speaks);
+        int speaks = 1, gone = rendezvous_gone(n->head.meeting);
+        int told = gone >= 0 && rendezvous_told(n->head.meeting, gone, &why, &speaks);
         pthread_mutex_lock(&w->lock);
         const rt_note *last = &w->ranks[0].last;
         ncclResult_t result = n->wrong;
         if (n->comm && result == ncclSuccess) ncclCommGetAsyncError(n->comm, &result);
-        int late = n->comm && n->since > 0 && rt_seconds() - n->since > n->meeting->timeout;
+        int late = n->comm && n->since > 0 && rt_seconds() - n->since > n->head.timeout;
         if (gone >= 0)
             error_set(&what, " lost rank %d", gone);
         else if (result != ncclSuccess && result != ncclInProgress)
             error_set(&what, ": NCCL: %s,", ncclGetErrorString(result));
         else if (late && (n->unsettled || cudaEventQuery(n->posted) == cudaErrorNotReady))
-            error_set(&what, ": no word from the others for %g s (--timeout)", n->meeting->timeout);
+            error_set(&what, ": no word from the others for %g s (--timeout)", n->head.timeout);
         if (*what.text && !told)
-            error_set(&why, "rank %d%.500s after %s %llu (%s)", n->rank, what.text,
+            error_set(&why, "rank %d%.500s after %s %llu (%s)", n->head.rank, what.text,
                       last->op ? last->op : "no collective", (unsigned long long)last->sequence,
                       last->op ? last->unit : "-");
         if (*why.text || atomic_load(&w->failed)) fail(n, speaks, why.text);
@@ -95,7 +91,7 @@ static const ncclDataType_t types[] = {
 static ncclResult_t launch(const dist_nccl *n, const dist_call *c, cudaStream_t s) {
     const void *in = c->in.data;
     void *out = c->out.data;
-    const size_t count = dist_elements(c), share = count / (size_t)n->size;
+    const size_t count = dist_elements(c), share = count / (size_t)n->head.hub.size;
     const ncclDataType_t type = types[dist_type(c)];
     switch (c->op) {
     case DIST_ALL_REDUCE:
@@ -141,10 +137,10 @@ static int open_communicator(dist_comm *comm) {
     config.blocking = 0;
     if (cudaGetDevice(&n->gpu) != cudaSuccess || cudaMalloc(&n->token, sizeof(int64_t)) != cudaSuccess ||
         cudaEventCreateWithFlags(&n->posted, cudaEventDisableTiming) != cudaSuccess)
-        return rt_fail(rank, "rank %d: no device memory for a communicator", n->rank);
-    ncclResult_t result = ncclCommInitRankConfig(&n->comm, n->size, n->id, n->rank, &config);
+        return rt_fail(rank, "rank %d: no device memory for a communicator", n->head.rank);
+    ncclResult_t result = ncclCommInitRankConfig(&n->comm, n->head.hub.size, n->id, n->head.rank, &config);
     n->watches = !pthread_create(&n->watcher, NULL, watch, n);
-    if (!n->watches) return rt_fail(rank, "rank %d: cannot start a thread", n->rank);
+    if (!n->watches) return rt_fail(rank, "rank %d: cannot start a thread", n->head.rank);
     if (settle(n, result)) return -1;
     if (!rank->arena) return 0;
     return settle(n, ncclCommRegister(n->comm, rank->arena, rank->arena_size, &n->registered));
@@ -161,59 +157,26 @@ static void close_communicator(dist_comm *comm) {
     settle(n, end);
     pthread_mutex_lock(&w->lock);
     n->stop = 1;
-    if (atomic_load(&w->failed)) fail(n, n->speaks, "");
+    if (atomic_load(&w->failed)) fail(n, n->head.speaks, "");
     pthread_mutex_unlock(&w->lock);
     if (n->watches) pthread_join(n->watcher, NULL);
     if (n->comm) ncclCommDestroy(n->comm);
     if (n->posted) cudaEventDestroy(n->posted);
-    n->comm = NULL, n->registered = NULL, n->posted = NULL, n->watches = 0;
     cudaFree(n->token);
-    n->token = NULL;
-}
-
-static dist_nccl *of_process(dist_process *p) { return (dist_nccl *)((char *)p - offsetof(dist_nccl, head)); }
-
-static int nccl_agree(dist_process *p, int failed, error_text *e, char *shared, size_t size) {
-    return rendezvous_agree(of_process(p)->meeting, failed, e, shared, size);
 }
 
 static dist_hub *nccl_start(dist_process *p, rt_world *world, const vit_device *device, error_text *e) {
-    static const dist_transport transport = {"nccl", post, open_communicator, close_communicator};
-    dist_nccl *n = of_process(p);
+    dist_nccl *n = (dist_nccl *)p;
     (void)device;
-    n->hub = (dist_hub){&transport, world, n->size};
-    n->speaks = 1; /* of its own failures */
-    n->stop = n->unsettled = 0, n->since = 0, n->wrong = ncclSuccess;
-    int failed = n->rank == 0 && ncclGetUniqueId(&n->id) != ncclSuccess;
+    p->hub.world = world;
+    int failed = p->rank == 0 && ncclGetUniqueId(&n->id) != ncclSuccess;
     if (failed) error_set(e, "NCCL: no unique id: %s", ncclGetLastError(NULL));
-    return rendezvous_agree(n->meeting, failed, e, (char *)&n->id, sizeof n->id) ? NULL : &n->hub;
-}
-
-/* Goodbye, or why this rank has failed. */
-static int nccl_stop(dist_process *p) {
-    dist_nccl *n = of_process(p);
-    rt_world *w = n->hub.world;
-    error_text why;
-    if (atomic_load(&w->failed))
-        rendezvous_tell(n->meeting, w->error.text, n->speaks);
-    else if (!rendezvous_end(n->meeting, &why, &n->speaks))
-        return 0;
-    else
-        rt_fail(&w->ranks[0], "%s", why.text);
-    return n->speaks;
-}
-
-static void nccl_close(dist_process *p) {
-    rendezvous_close(of_process(p)->meeting);
-    free(of_process(p));
+    return p->agree(p, failed, e, (char *)&n->id, sizeof n->id) ? NULL : &p->hub;
 }
 
 dist_process *dist_nccl_open(const char *host, int port, int rank, int size, double timeout, error_text *e) {
-    dist_nccl *n = calloc(1, sizeof *n);
-    if (!n) return error_set(e, "out of memory"), NULL;
-    n->head = (dist_process){nccl_agree, nccl_start, nccl_stop, nccl_close};
-    n->rank = rank, n->size = size;
-    if ((n->meeting = rendezvous_open(host, port, rank, size, timeout, e))) return &n->head;
-    free(n);
-    return NULL;
+    static const dist_transport transport = {"nccl", post, open_communicator, close_communicator};
+    dist_process *p = dist_process_meet(sizeof(dist_nccl), host, port, rank, size, timeout, e);
+    if (p) p->hub.transport = &transport, p->start = nccl_start;
+    return p;
 }

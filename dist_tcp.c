@@ -12,7 +12,6 @@
  * begins with a fingerprint by which ranks see whether they agree. */
 #define _GNU_SOURCE
 #include "dist_tcp.h"
-#include "rendezvous.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -42,11 +41,9 @@ typedef struct {
 } tcp_peer;
 
 typedef struct {
-    dist_process head;
     dist_queue queue;
-    rendezvous *meeting;
-    int rank, size, speaks, *fd; /* fd: [size] sockets to the peers */
-    const vit_device *device;
+    int rank, size;    /* as in queue.head */
+    int *fd;           /* [size] sockets to the peers */
     tcp_peer *peer;    /* [size]; its own is unused */
     uint64_t prepared; /* calls that `work` has */
     uint64_t stage_end, stage_begin, summing;
@@ -60,16 +57,10 @@ static void lose(dist_tcp *t, int r, const char *how) {
     error_text failure;
     char last[128];
     int speaks;
-    if (!rendezvous_told(t->meeting, r, &failure, &speaks))
+    if (!rendezvous_told(t->queue.head.meeting, r, &failure, &speaks))
         error_set(&failure, "rank %d lost rank %d (%s) %s", t->rank, r, how,
                   dist_queue_last(&t->queue, last));
-    if (dist_queue_fail(&t->queue, "%s", failure.text)) t->speaks = speaks;
-}
-
-static void disagree(dist_tcp *t, int r, const dist_fingerprint *own, const dist_fingerprint *other) {
-    error_text e;
-    dist_disagreement(&e, t->rank, own, r, other);
-    if (dist_queue_fail(&t->queue, "%s", e.text)) t->speaks = t->rank == 0;
+    dist_queue_fail(&t->queue, speaks, "%s", failure.text);
 }
 
 static void silence(dist_tcp *t) {
@@ -79,29 +70,11 @@ static void silence(dist_tcp *t) {
             if (r != t->rank && t->peer[r].receiving <= t->queue.completed &&
                 (begun || t->peer[r].received < sizeof t->peer[r].other))
                 sprintf(names + strlen(names), " %d", r);
-    if (dist_queue_fail(&t->queue, "rank %d: no word from rank%s for %g s %s (--timeout)", t->rank, names,
-                        t->meeting->timeout, dist_queue_last(&t->queue, last)))
-        t->speaks = 1;
+    dist_queue_fail(&t->queue, 1, "rank %d: no word from rank%s for %g s %s (--timeout)", t->rank, names,
+                    t->queue.head.timeout, dist_queue_last(&t->queue, last));
 }
 
 /* ------------------------------------------------------------------------------------------- moving bytes */
-
-/* Where rank r's part of a call begins in the payload, and its bytes. */
-static size_t part(const dist_tcp *t, const dist_entry *x, int r, size_t *bytes) {
-    const dist_call *c = &x->call;
-    size_t n = dist_elements(c), N = (size_t)t->size, p = (size_t)r, size = rt_type_size(dist_type(c));
-    size_t lo = 0, hi = 0;
-    switch (c->op) {
-    case DIST_BARRIER: break;
-    case DIST_BROADCAST:
-    case DIST_REDUCE: hi = r == c->peer ? n : 0; break;
-    case DIST_SEND: hi = r == t->rank ? n : 0; break;
-    case DIST_RECV: hi = r == c->peer ? n : 0; break;
-    default: lo = n / N * p + (n % N * p) / N, hi = n / N * (p + 1) + (n % N * (p + 1)) / N;
-    }
-    *bytes = (hi - lo) * size;
-    return lo * size;
-}
 
 static int overlap(rt_block a, rt_block b) {
     const char *x = a.data, *y = b.data;
@@ -110,14 +83,13 @@ static int overlap(rt_block a, rt_block b) {
 
 /* What a call means to this rank. */
 static void prepare(dist_tcp *t, uint64_t i) {
-    const dist_entry *x = dist_queue_at(&t->queue, i);
-    const dist_call *c = &x->call;
+    const dist_call *c = &dist_queue_at(&t->queue, i)->call;
     tcp_work *w = &t->work[i % DIST_QUEUE];
     *w = (tcp_work){.stage = t->stage_end};
     w->sums = c->op == DIST_ALL_REDUCE || c->op == DIST_CONTROL || c->op == DIST_REDUCE_SCATTER ||
               c->op == DIST_REDUCE;
     w->spreads = c->op != DIST_REDUCE_SCATTER && c->op != DIST_REDUCE && c->op != DIST_BARRIER;
-    size_t at = part(t, x, t->rank, &w->own);
+    size_t at = dist_queue_part(&t->queue, c, t->rank, &w->own);
     w->from = (char *)c->in.data + (c->op == DIST_ALL_GATHER || !w->own ? 0 : at);
     w->to = c->out.data ? (char *)c->out.data + (c->op == DIST_REDUCE_SCATTER || !w->own ? 0 : at) : NULL;
     if (w->sums) t->stage_end += (w->own + 63) / 64 * 64;
@@ -140,7 +112,8 @@ static int push(dist_tcp *t, int r, uint64_t posted, int *more) {
     for (*more = 0; p->sending < posted; p->sending++, p->sent = 0) {
         dist_entry *x = dist_queue_at(&t->queue, p->sending);
         const tcp_work *w = &t->work[p->sending % DIST_QUEUE];
-        size_t theirs, at = part(t, x, r, &theirs), head = sizeof x->fingerprint, done = p->sent;
+        size_t theirs, at = dist_queue_part(&t->queue, &x->call, r, &theirs);
+        size_t head = sizeof x->fingerprint, done = p->sent;
         if (!exchanges(t, x, r, 1)) continue;
         if (t->queue.completed < w->after) return 0;
         if (!w->sums) theirs = 0;
@@ -169,7 +142,7 @@ static int agrees(dist_tcp *t, int r, const dist_entry *x) {
     dist_fingerprint own = x->fingerprint;
     if (x->call.op == DIST_RECV) own.op = DIST_SEND, own.root = t->rank;
     if (!memcmp(&own, &t->peer[r].other, sizeof own)) return 1;
-    disagree(t, r, &x->fingerprint, &t->peer[r].other);
+    dist_queue_disagree(&t->queue, t->rank, &x->fingerprint, r, &t->peer[r].other);
     return 0;
 }
 
@@ -185,13 +158,14 @@ static int pull(dist_tcp *t, int r, uint64_t posted, int *more) {
     dist_entry *x = dist_queue_at(&t->queue, p->receiving);
     const tcp_work *w = &t->work[p->receiving % DIST_QUEUE];
     if (p->received == head && p->other.op == GOODBYE) {
-        if (p->receiving < posted) disagree(t, r, &x->fingerprint, &p->other);
+        if (p->receiving < posted) dist_queue_disagree(&t->queue, t->rank, &x->fingerprint, r, &p->other);
         return 0;
     }
     if (p->received == head && !agrees(t, r, x)) return 0;
     if (!n && t->queue.completed < w->after) return 0;
     if (!n) {
-        size_t theirs, at = part(t, x, r, &theirs), done = p->received - head, own = w->sums ? w->own : 0;
+        size_t theirs, at = dist_queue_part(&t->queue, &x->call, r, &theirs);
+        size_t done = p->received - head, own = w->sums ? w->own : 0;
         if (!w->spreads) theirs = 0;
         if (done < own) { /* into the ring, as far as it is free and in one piece */
             uint64_t position = w->stage + done, end = t->stage_begin + STAGE;
@@ -249,7 +223,7 @@ static int sum(dist_tcp *t, uint64_t posted) {
                                                            : t->peer[r].stage + position,
                                  .type = type,
                                  .count = n / size};
-        t->device->sum_buffers(&t->queue.self.stream[RT_COMMUNICATION], &to, 1, from, N);
+        t->queue.device->sum_buffers(&t->queue.self.stream[RT_COMMUNICATION], &to, 1, from, N);
         x->summed += n;
         t->stage_begin = x->stage + x->summed;
         return 1;
@@ -296,7 +270,7 @@ static void *carry_out(void *argument) {
         moved |= complete(t, posted, &begin);
         if (moved) heard = rt_seconds();
         if (moved) continue;
-        if (rt_seconds() - heard > t->meeting->timeout) silence(t);
+        if (rt_seconds() - heard > t->queue.head.timeout) silence(t);
         poll(fds, (nfds_t)t->size, 100);
         if (fds[t->rank].revents && read(t->queue.wake, &ignored, sizeof ignored) < 0) continue;
     }
@@ -304,36 +278,18 @@ static void *carry_out(void *argument) {
 
 /* ---------------------------------------------------------------------------------------------- interface */
 
-static int tcp_agree(dist_process *p, int failed, error_text *e, char *shared, size_t size) {
-    return rendezvous_agree(((dist_tcp *)p)->meeting, failed, e, shared, size);
-}
-
-static dist_hub *tcp_start(dist_process *p, rt_world *world, const vit_device *device, error_text *e) {
-    static const dist_transport transport = {"tcp", dist_queue_post, NULL, NULL};
-    dist_tcp *t = (dist_tcp *)p;
-    t->device = device;
-    t->speaks = 1; /* of its own failures */
-    return dist_queue_start(&t->queue, &transport, world, t->size, carry_out, t, e) ? NULL : &t->queue.head;
-}
-
-/* Goodbye, or why this rank has failed. */
+/* Says goodbye on every socket; or closes them once a failure is told, so that the peers look why (lose). */
 static int tcp_stop(dist_process *p) {
     dist_tcp *t = (dist_tcp *)p;
-    rt_world *w = t->queue.head.world;
-    dist_queue_stop(&t->queue);
-    if (atomic_load(&w->failed)) {
-        rendezvous_tell(t->meeting, w->error.text, t->speaks);
-        for (int r = 0; r < t->size; r++)
-            if (r != t->rank) shutdown(t->fd[r], SHUT_RDWR);
-        return t->speaks;
-    }
     dist_fingerprint goodbye = {.op = GOODBYE};
-    for (int r = 0; r < t->size; r++)
+    dist_queue_stop(p);
+    int failed = atomic_load(&p->hub.world->failed);
+    for (int r = 0; r < t->size && !failed; r++)
         if (r != t->rank) rendezvous_transfer(t->fd[r], &goodbye, sizeof goodbye, 1, rt_seconds() + 5);
-    error_text why;
-    if (!rendezvous_end(t->meeting, &why, &t->speaks)) return 0;
-    rt_fail(&w->ranks[0], "%s", why.text);
-    return t->speaks;
+    int speaks = dist_process_stop(p);
+    for (int r = 0; r < t->size && failed; r++)
+        if (r != t->rank) shutdown(t->fd[r], SHUT_RDWR);
+    return speaks;
 }
 
 static void tcp_close(dist_process *p) {
@@ -342,29 +298,26 @@ static void tcp_close(dist_process *p) {
         if (t->fd && t->fd[r] >= 0) close(t->fd[r]);
         if (t->peer) free(t->peer[r].stage);
     }
-    rendezvous_close(t->meeting);
     free(t->peer);
     free(t->fd);
-    free(t);
+    dist_process_close(p);
 }
 
 dist_process *dist_tcp_open(const char *host, int port, int rank, int size, double timeout, error_text *e) {
-    dist_tcp *t = calloc(1, sizeof *t);
-    rendezvous *meeting = t ? rendezvous_open(host, port, rank, size, timeout, e) : NULL;
-    if (!meeting) {
-        if (!t) error_set(e, "out of memory");
-        free(t);
-        return NULL;
-    }
-    *t = (dist_tcp){.head = {tcp_agree, tcp_start, tcp_stop, tcp_close}, .meeting = meeting, .rank = rank};
-    t->size = size;
+    dist_process *p = dist_process_meet(sizeof(dist_tcp), host, port, rank, size, timeout, e);
+    dist_tcp *t = (dist_tcp *)p;
+    if (!p) return NULL;
+    dist_queue_prepare(&t->queue, "tcp", carry_out);
+    p->stop = tcp_stop, p->close = tcp_close;
+    t->rank = rank, t->size = size;
     t->fd = malloc((size_t)size * sizeof *t->fd);
     t->peer = calloc((size_t)size, sizeof *t->peer);
     int failed = !t->fd || !t->peer;
+    for (int r = 0; r < size && t->fd; r++) t->fd[r] = -1;
     for (int r = 0; r < size && !failed; r++)
-        t->fd[r] = -1, failed = r != rank && !(t->peer[r].stage = aligned_alloc(64, STAGE));
+        failed = r != rank && !(t->peer[r].stage = aligned_alloc(64, STAGE));
     if (failed) error_set(e, "out of memory for %d ranks", size);
-    if (!failed && !rendezvous_connect(meeting, t->fd, e)) return &t->head;
-    tcp_close(&t->head);
+    if (!failed && !rendezvous_connect(p->meeting, t->fd, e)) return p;
+    tcp_close(p);
     return NULL;
 }

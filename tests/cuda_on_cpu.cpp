@@ -5,8 +5,8 @@
  * on the stream of that name (communication is what has a priority) runs late, the other at once; "early",
  * all runs at once. Work that forgets to wait for another stream finds old data under one of them.
  * CUDA_ON_CPU_DEVICES: how many there are (1). CUDA_ON_CPU_GUARD: host code that touches the device's memory
- * is a segmentation fault, as long as no work is under way. CUDA_ON_CPU_FORGET: no stream waits for an event, by
- * which tests see whether they would tell. */
+ * is a segmentation fault, as long as no work is under way. CUDA_ON_CPU_FORGET: no stream waits for an event,
+ * by which tests see whether they would tell. */
 #include "cuda_on_cpu.h"
 
 #include <sys/mman.h>
@@ -52,7 +52,7 @@ struct worker : cuda_thread { /* a thread of the block */
     unsigned exchanges;
 };
 
-/* A fiber runs threads of the block, the next when one has ended; where one has to wait, another fiber goes on. */
+/* A fiber runs threads of the block, the next when one has ended; where one must wait, another goes on. */
 struct fiber {
     ucontext_t start;
     void *here[5]; /* of __builtin_setjmp, which costs less than setjmp */

@@ -1,7 +1,7 @@
 /* fake_nccl.c - a second implementation of NCCL's interface, for tests/cuda_on_cpu.h: a collective is work of
- * the stream that it is launched on, and goes through memory that the processes share. Sums are in rank order,
- * so that all numbers must equal the local transport's. A thread stands for the GPU, which needs nobody to
- * wait for it: it runs the stream.
+ * the stream that it is launched on, and goes through memory that the processes share. Sums are in rank
+ * order, so that all numbers must equal the local transport's. A thread stands for the GPU, which needs
+ * nobody to wait for it: it runs the stream.
  *
  * FAKE_NCCL_FAIL=RANK:N: NCCL reports an asynchronous error on that rank after its N-th collective. */
 #define _GNU_SOURCE

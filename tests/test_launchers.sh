@@ -69,6 +69,17 @@ if "$train" env 2>/dev/null | grep -q "^backends.* mpi" && command -v mpirun >/d
         --output-dir "$work/tcp" >/dev/null 2>&1
     verdict "mpirun: over TCP" "$(difference tcp local)"
 
+    if [ -x "$build/plain/test_transport" ]; then
+        for n in 2 3; do
+            timeout 120 mpirun --bind-to none -n $n "$build/plain/test_transport" mpi >"$work/log" 2>&1
+            status=$?
+            verdict "mpirun: every collective, type and size, $n processes" \
+                "$([ $status = 0 ] || echo "exit status $status: $(head -1 "$work/log")")"
+        done
+    else
+        skip "mpirun: every collective" "found no $build/plain/test_transport (make test builds it)"
+    fi
+
     OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=2 timeout 60 "$train" env >/dev/null 2>"$work/log"
     status=$?
     wrong=""
