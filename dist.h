@@ -107,12 +107,15 @@ void dist_group_begin(dist_comm *comm);
 void dist_group_end(dist_comm *comm);
 
 /* A transport carries out what is posted. `post` gets n calls of one launch; it returns at once or when it
- * must. `open` and `close` may be NULL: they make what a communicator needs, once the device is open. */
+ * must. `open` and `close` may be NULL: they make what a communicator needs, once the device is open. `replayed`
+ * is told that a recorded part of a step has been launched again, with its collectives; NULL: these cannot be
+ * recorded. */
 typedef struct dist_transport {
     const char *name; /* "local", "tcp" */
     void (*post)(dist_comm *comm, const dist_call *calls, size_t n);
     int (*open)(dist_comm *comm);
     void (*close)(dist_comm *comm);
+    void (*replayed)(dist_comm *comm);
 } dist_transport;
 
 /* Where ranks meet. Each transport has its own, which begins with this and must outlive the run of the
@@ -161,7 +164,7 @@ typedef struct dist_options {
     double layer_decay; /* unit u learns at layer_decay^(units - 1 - u) times the rate; 0 and 1: all alike */
     const vit_device *offload; /* vit_cpu: optimizer state and master weights lie in host memory, and the
                                 * update runs there; NULL: all on the device */
-    int graphs;                /* of one rank, where the device can: a step is recorded once and replayed */
+    int graphs;                /* where device and transport can: a step is recorded once and replayed */
     int inference;             /* dist_forward alone: no gradients, no optimizer state, no micro-batches */
     size_t counts;             /* dist_sum will be asked for so many numbers at most */
 } dist_options;
@@ -483,7 +486,7 @@ typedef struct {
 static void dist__left(void *transport, rt_rank *rank);
 
 static void dist__local_post(dist_comm *comm, const dist_call *calls, size_t n);
-static const dist_transport dist__local = {"local", dist__local_post, NULL, NULL};
+static const dist_transport dist__local = {"local", dist__local_post, NULL, NULL, NULL};
 
 dist_hub *dist_hub_create(rt_world *world) {
     dist__local_hub *hub = calloc(1, sizeof *hub);
@@ -1356,12 +1359,13 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
     while (d->first_trained < n && model->unit[d->first_trained].trainable == 0) d->first_trained++;
     if (options->graphs && !d->device->capture)
         return error_set(e, "device %s cannot record a step, expected cuda", d->device->name);
-    if (options->graphs && (comm->size > 1 || options->offload))
+    if (options->graphs && options->offload)
         return error_set(
-            e,
-            "a step that is to be recorded: found %d rank%s%s, expected one, and its optimizer on "
-            "the device",
-            comm->size, comm->size > 1 ? "s" : "", options->offload ? " with offload" : "");
+            e, "a step that is to be recorded: found offload, expected its optimizer on the device");
+    if (options->graphs && comm->size > 1 && comm->transport && !comm->transport->replayed) /* no estimate */
+        return error_set(
+            e, "a step that is to be recorded: found %d ranks over transport %s, expected one, or nccl",
+            comm->size, comm->transport->name);
     if (options->graphs && !(d->graph = calloc(options->accumulation + 1, sizeof *d->graph)))
         return rt_fail(rank, "rank %d: out of memory", rank->rank);
     if (d->strategy->open(d, e)) return -1;
@@ -1620,6 +1624,11 @@ static void dist__backward_unit(dist *d, size_t u) {
     d->strategy->post_backward(d, u);
 }
 
+static void dist__replay(dist *d, const dist_graph *g) {
+    d->device->replay(d->rank, g->recorded);
+    if (d->comm->transport->replayed) d->comm->transport->replayed(d->comm);
+}
+
 /* Part k of a step begins. With graphs it runs as it is the first time, when the device still chooses and
  * allocates, is recorded the second time, and replayed from then on; what hooks and events leave behind is
  * the same after every step. 1: it has been replayed, and is over. */
@@ -1627,7 +1636,7 @@ static int dist__replayed(dist *d, size_t k) {
     dist_graph *g = d->graph ? &d->graph[k] : NULL;
     if (!g || rt_failed(d->rank)) return 0;
     if (g->recorded) {
-        d->device->replay(d->rank, g->recorded);
+        dist__replay(d, g);
         for (int op = 0; op < DIST_OPS; op++) {
             d->comm->traffic[op].calls += g->traffic[op].calls;
             d->comm->traffic[op].elements += g->traffic[op].elements;
@@ -1654,7 +1663,7 @@ static void dist__launched(dist *d, size_t k) {
         g->traffic[op] = (dist_traffic){now->calls - before.calls, now->elements - before.elements,
                                         now->wire_bytes - before.wire_bytes};
     }
-    d->device->replay(d->rank, g->recorded);
+    dist__replay(d, g);
 }
 
 void dist_begin_step(dist *d, size_t t, double learning_rate) {

@@ -107,6 +107,21 @@ static ncclResult_t launch(const dist_nccl *n, const dist_call *c, cudaStream_t 
     }
 }
 
+/* What has been launched now is what the watcher waits for; not what is being recorded, which does not run. */
+static void mark(dist_nccl *n, cudaStream_t s) {
+    enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaStreamIsCapturing(s, &status);
+    if (status == cudaStreamCaptureStatusNone) cudaEventRecord(n->posted, s);
+}
+
+static void replayed(dist_comm *comm) {
+    dist_nccl *n = comm->shared;
+    pthread_mutex_lock(&n->head.hub.world->lock);
+    n->since = rt_seconds();
+    pthread_mutex_unlock(&n->head.hub.world->lock);
+    mark(n, (cudaStream_t)comm->rank->stream[RT_COMMUNICATION].device);
+}
+
 static void post(dist_comm *comm, const dist_call *calls, size_t count) {
     dist_nccl *n = comm->shared;
     rt_rank *rank = comm->rank;
@@ -126,7 +141,7 @@ static void post(dist_comm *comm, const dist_call *calls, size_t count) {
     if (settle(n, result)) return;
     for (size_t i = 0; i < count; i++)
         if (calls[i].done) rt_record(rank, calls[i].stream, calls[i].done);
-    cudaEventRecord(n->posted, (cudaStream_t)s->device);
+    mark(n, (cudaStream_t)s->device);
 }
 
 /* The device is open, and the memory of the rank set aside. */
@@ -175,7 +190,7 @@ static dist_hub *nccl_start(dist_process *p, rt_world *world, const vit_device *
 }
 
 dist_process *dist_nccl_open(const char *host, int port, int rank, int size, double timeout, error_text *e) {
-    static const dist_transport transport = {"nccl", post, open_communicator, close_communicator};
+    static const dist_transport transport = {"nccl", post, open_communicator, close_communicator, replayed};
     dist_process *p = dist_process_meet(sizeof(dist_nccl), host, port, rank, size, timeout, e);
     if (p) p->hub.transport = &transport, p->start = nccl_start;
     return p;

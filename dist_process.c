@@ -121,7 +121,7 @@ int dist_queue_stop(dist_process *p) {
 }
 
 void dist_queue_prepare(dist_queue *q, const char *name, void *(*carry_out)(void *)) {
-    q->transport = (dist_transport){name, post, NULL, NULL};
+    q->transport = (dist_transport){name, post, NULL, NULL, NULL};
     q->carry_out = carry_out;
     q->head.hub.transport = &q->transport;
     q->head.start = start;

@@ -440,8 +440,8 @@ static int prepare_device(run *r, error_text *e) {
     int offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER;
     const char *unrecorded = o->device == CHOICE_DEVICE_CPU ? "--device cpu, expected cuda"
                              : offload ? "--offload optimizer, expected none, as the host takes no part"
-                             : o->nproc_per_node > 1 || r->process
-                                 ? "ranks that communicate, expected one rank in one process"
+                             : o->nproc_per_node > 1 && o->backend == CHOICE_BACKEND_LOCAL
+                                 ? "--backend local with several ranks, expected one, or nccl"
                                  : NULL;
     if (o->cuda_graphs && unrecorded) return error_set(e, "--cuda-graphs: found %s", unrecorded);
     if (offload && o->device == CHOICE_DEVICE_CPU)

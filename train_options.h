@@ -242,7 +242,7 @@ static const option train_option_list[] = {
      .note = "the precision",
      .choices = "fp32|bf16|fp16", .help = "numbers in which ranks add their gradients"},
     {"distribution", "cuda-graphs", OPTION_SWITCH, FIELD(cuda_graphs), .preset = "false",
-     .help = "GPU, one rank: record a step once, and launch it as a whole from then on"},
+     .help = "GPU: record a step once, and launch it as a whole from then on (several ranks: NCCL)"},
     {"distribution", "offload", OPTION_CHOICE, FIELD(offload), .preset = "none", .choices = "none|optimizer",
      .help = "GPU: keep optimizer state and master weights in host memory, and update there"},
     {"distribution", "deepspeed-config", OPTION_TEXT, FIELD(deepspeed_config), .value_name = "FILE",

@@ -15,7 +15,8 @@
  * the last bits, is the one that was fastest when its shape first came, unless vit_cuda_products asks for the
  * first that works.
  *
- * What it leaves out: cuBLASLt's epilogue for GELU's derivative; graphs of several ranks; fp64.
+ * What it leaves out: cuBLASLt's epilogue for GELU's derivative; graphs of ranks that are threads of
+ * one process; fp64.
  */
 #include <atomic>
 #include <dlfcn.h>

@@ -453,6 +453,11 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode) {
     mine.captures++;
     return cudaSuccess;
 }
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
+    lock_guard lock(the.lock);
+    *status = captured(s) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
     lock_guard lock(the.lock);
     if (!captured(s) || s->in->origin != s) return result(cudaErrorIllegalState);

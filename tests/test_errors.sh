@@ -134,7 +134,7 @@ refused "offload on a CPU" "--offload optimizer: found --device cpu, .*expected 
 refused "graphs on a CPU" "--cuda-graphs: found --device cpu, expected cuda" --cuda-graphs
 refused "graphs with offload" "--cuda-graphs: found --offload optimizer, expected none" \
     --cuda-graphs --device cuda --backend local --offload optimizer
-refused "graphs of ranks on one GPU" "--cuda-graphs: found ranks that communicate, expected one rank" \
+refused "graphs of ranks on one GPU" "--cuda-graphs: found --backend local with several ranks, expected one" \
     --cuda-graphs --device cuda --backend local --nproc-per-node 2
 
 compared() { name=$1 pattern=$2; shift 2; usage "compare: $name" "$pattern" compare "$@"; }

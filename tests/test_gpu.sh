@@ -46,10 +46,13 @@ for strategy in ddp zero1 zero2 zero3; do
         "${why:-$(cmp "$(weights "bits ddp")" "$(weights "bits $strategy")" 2>&1)}"
 done
 # NCCL itself, with the one rank that one GPU can have.
-why=$(RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) \
-    run "nccl" --device cuda --deterministic --strategy zero3 --backend nccl &&
-    run "no nccl" --device cuda --deterministic --strategy single)
-verdict "zero3, one rank over NCCL: losses of single" "${why:-$(far "nccl" "no nccl" 1e-4)}"
+run "no nccl" --device cuda --deterministic --strategy single
+for way in "" --cuda-graphs; do
+    # shellcheck disable=SC2086
+    why=$(RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) \
+        run "nccl$way" --device cuda --deterministic --strategy zero3 --backend nccl $way)
+    verdict "zero3, one rank over NCCL${way:+ with }$way: losses of single" "${why:-$(far "nccl$way" "no nccl" 1e-4)}"
+done
 # In 16 bits they differ by the rounding of a different order of sums.
 for precision in bf16 fp16; do
     set -- --precision $precision --strategy zero3 --nproc-per-node 4 --backend local

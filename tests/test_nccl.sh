@@ -52,6 +52,20 @@ for run in "2 ddp bf16" "2 zero1 fp16" "2 zero3 fp32"; do
     rm -rf "$work/offload" "$work/offload-local"
 done
 
+# steps as graphs, with the collectives in them: the third and the fourth are replayed
+for strategy in dp ddp zero1 zero2 zero3; do
+    # shellcheck disable=SC2086
+    cuda launched --nproc-per-node 2 --strategy $strategy $options
+    # shellcheck disable=SC2086
+    cuda graphs --cuda-graphs --nproc-per-node 2 --strategy $strategy $options
+    wrong=$(difference launched graphs)
+    sent() { jq -c 'select(.event == "communication") | [.rank, .op, .calls_per_step, .wire_bytes_per_step]' \
+        "$work/$1/metrics.jsonl"; }
+    [ -n "$(sent graphs)" ] && [ "$(sent graphs)" = "$(sent launched)" ] || wrong="$wrong other traffic: $(sent graphs)"
+    verdict "$strategy on 2 processes as CUDA graphs" "$wrong"
+    rm -rf "$work/launched" "$work/graphs"
+done
+
 # one rank, as far as NCCL can be tried on a machine with one GPU
 # shellcheck disable=SC2086
 RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 9000)) cuda one --backend nccl \
