@@ -145,6 +145,11 @@ typedef struct vit_device {
      * salt, rate). */
     void (*residual_forward)(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
                              size_t count, size_t x_stride, double rate, uint64_t salt);
+    /* Both at once: out [B, Q, dim] = x + k_b branch, y [B, Q, dim] and statistics [B, Q] from out. */
+    void (*residual_layernorm_forward)(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block out,
+                                       rt_block x, rt_block branch, rt_block keys, rt_block gamma,
+                                       rt_block beta, size_t B, size_t Q, size_t x_stride, size_t dim,
+                                       double eps, double rate, uint64_t salt);
     /* dbranch [B, count] = k_b dout. */
     void (*residual_backward)(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                               size_t count, double rate, uint64_t salt);
@@ -714,6 +719,18 @@ static void vit__residual_forward(const vit_context *c, rt_block out, rt_block x
              c->training ? rate : 0, salt);
 }
 
+/* And y [B, Q, D] = LayerNorm of out. */
+static void vit__residual_layernorm_forward(const vit_context *c, rt_block y, rt_block mean, rt_block rstd,
+                                            rt_block out, rt_block x, rt_block branch, rt_block gamma,
+                                            rt_block beta, size_t x_tokens, double rate, uint64_t salt) {
+    rt_block keys = c->batch->sample_keys;
+    size_t dim = c->model->D;
+    VIT__RUN(c, residual_layernorm_forward, RT_BLOCKS(x, branch, keys, gamma, beta),
+             RT_BLOCKS(out, y, mean, rstd), 10 * (double)out.count, 4 * vit__bytes(out), y, mean, rstd, out,
+             x, branch, keys, gamma, beta, c->B, out.count / c->B / dim, x_tokens * dim, dim,
+             c->model->config.layer_norm_eps, c->training ? rate : 0, salt);
+}
+
 /* dbranch of out = x + k branch: dout itself where nothing is ever dropped. */
 static rt_block vit__residual_backward(const vit_context *c, rt_block dbranch, rt_block dout, double rate,
                                        uint64_t salt) {
@@ -846,9 +863,9 @@ static void vit__block_forward(const vit_context *c, const vit_unit *u, rt_block
     vit__linear_forward(c, v.qkv, none, s.norm, P(QKV_WEIGHT), P(QKV_BIAS), c->B * T, D, 3 * D);
     vit__attention_forward(c, v.attention, v.softmax, v.qkv, Q);
     vit__linear_forward(c, v.middle, none, v.attention, P(PROJ_WEIGHT), P(PROJ_BIAS), rows, D, D);
-    vit__residual_forward(c, v.middle, in, v.middle, T, u->drop_path, vit__salt(u, 0));
-
-    vit__layernorm_forward(c, s.norm, v.mean2, v.rstd2, v.middle, P(NORM2_WEIGHT), P(NORM2_BIAS), rows);
+    vit__residual_layernorm_forward(c, rt_slice(s.norm, 0, rows * D), v.mean2, v.rstd2, v.middle, in,
+                                    v.middle, P(NORM2_WEIGHT), P(NORM2_BIAS), T, u->drop_path,
+                                    vit__salt(u, 0));
     vit__linear_forward(c, s.hidden, v.pre, s.norm, P(FC1_WEIGHT), P(FC1_BIAS), rows, D, m->F);
     if (!out.data) return;
     vit__linear_forward(c, out, none, s.hidden, P(FC2_WEIGHT), P(FC2_BIAS), rows, m->F, D);

@@ -6,8 +6,8 @@
  *
  * and with -DHAVE_OPENBLAS (-lopenblas for the linker) OpenBLAS's matrix product beside our own.
  *
- * Contents: ranks and memory; numbers of 16 bits; exp, softmax, GELU; the matrix product; linear;
- * layernorm; attention; the other layers; loss; optimizers and gradient norm; vector arithmetic; the
+ * Contents: ranks and memory; numbers of 16 bits; exp, softmax, GELU; the matrix product; linear; residual
+ * and layernorm; attention; the other layers; loss; optimizers and gradient norm; vector arithmetic; the
  * table.
  *
  * Results do not depend on the number of threads (products by OpenBLAS excepted). Threads share out
@@ -698,17 +698,63 @@ static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db,
     multiply(s->rank, &weights);
 }
 
-/* ---------------------------------------------------------------------------------------------- layernorm */
+/* --------------------------------------------------------------------------------- residual and layernorm */
 
-static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block rstd, rt_block x_,
-                              rt_block gamma_, rt_block beta_, size_t rows, size_t dim, double eps) {
+static float branch_factor(rt_block keys, size_t b, double rate, uint64_t salt) {
+    return rate > 0 ? (float)vit_drop_path_factor(((uint64_t *)keys.data)[b], salt, rate) : 1;
+}
+
+/* n elements: out = x + k branch from `at` on, of x from x_at on; without an x, k branch. */
+static void add_branch(rt_block out, rt_block x, rt_block branch, size_t at, size_t x_at, size_t n, float k) {
+    float wide[3][BLOCK];
+    for (size_t i0 = 0; i0 < n; i0 += BLOCK) {
+        const size_t m = min_size(BLOCK, n - i0);
+        const float *from = load(branch, at + i0, m, wide[0]);
+        const float *input = x.data ? load(x, x_at + i0, m, wide[1]) : NULL;
+        float *to = room(out, at + i0, wide[2]);
+        if (input) {
+#pragma omp simd
+            for (size_t i = 0; i < m; i++) to[i] = input[i] + k * from[i];
+        } else {
+#pragma omp simd
+            for (size_t i = 0; i < m; i++) to[i] = k * from[i];
+        }
+        store(out, at + i0, m, to);
+    }
+}
+
+static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
+                             size_t count, size_t x_stride, double rate, uint64_t salt) {
+    const size_t blocks = (count + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(team(s->rank, 0.3 * B * count)) schedule(static)
+    for (size_t block = 0; block < B * blocks; block++) {
+        const size_t b = block / blocks, i0 = block % blocks * BLOCK;
+        add_branch(out, x, branch, b * count + i0, b * x_stride + i0, min_size(BLOCK, count - i0),
+                   branch_factor(keys, b, rate, salt));
+    }
+}
+
+/* out = x + k_b branch:  dbranch = k_b dout, which is the same without an x */
+static void residual_backward(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
+                              size_t count, double rate, uint64_t salt) {
+    residual_forward(s, dbranch, (rt_block){0}, dout, keys, B, count, 0, rate, salt);
+}
+
+/* Row by row; without a branch, LayerNorm of x. */
+static void residual_layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block rstd, rt_block out,
+                                       rt_block x_, rt_block branch, rt_block keys, rt_block gamma_,
+                                       rt_block beta_, size_t B, size_t Q, size_t x_stride, size_t dim,
+                                       double eps, double rate, uint64_t salt) {
     float *memory = scratch(s->rank, 2 * dim, 2 * dim);
     if (!memory) return;
     const float *gamma = load(gamma_, 0, dim, memory), *beta = load(beta_, 0, dim, memory + dim);
-#pragma omp parallel for num_threads(team(s->rank, 0.4 * rows * dim)) schedule(static)
-    for (size_t i = 0; i < rows; i++) {
+#pragma omp parallel for num_threads(team(s->rank, 0.4 * B * Q * dim)) schedule(static)
+    for (size_t i = 0; i < B * Q; i++) {
         float *wide = memory + 2 * dim * (1 + (size_t)omp_get_thread_num());
-        const float *x = load(x_, i * dim, dim, wide);
+        if (branch.data)
+            add_branch(out, x_, branch, i * dim, i / Q * x_stride + i % Q * dim, dim,
+                       branch_factor(keys, i / Q, rate, salt));
+        const float *x = load(branch.data ? out : x_, i * dim, dim, wide);
         float *y = room(y_, i * dim, wide + dim), sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
         for (size_t j = 0; j < dim; j++) sum += x[j];
@@ -722,6 +768,13 @@ static void layernorm_forward(rt_stream *s, rt_block y_, rt_block mean, rt_block
         floats(mean)[i] = m;
         floats(rstd)[i] = r;
     }
+}
+
+static void layernorm_forward(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block x,
+                              rt_block gamma, rt_block beta, size_t rows, size_t dim, double eps) {
+    const rt_block none = {0};
+    residual_layernorm_forward(s, y, mean, rstd, none, x, none, none, gamma, beta, 1, rows, 0, dim, eps, 0,
+                               0);
 }
 
 /* n = (x - mean) rstd, y = n gamma + beta, with g = dy gamma:
@@ -864,36 +917,6 @@ static void attention_backward(rt_stream *s, rt_block dqkv, rt_block dout, rt_bl
 }
 
 /* --------------------------------------------------------------------------------------- the other layers */
-
-static void residual_forward(rt_stream *s, rt_block out, rt_block x, rt_block branch, rt_block keys, size_t B,
-                             size_t count, size_t x_stride, double rate, uint64_t salt) {
-    const size_t blocks = (count + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(team(s->rank, 0.3 * B * count)) schedule(static)
-    for (size_t block = 0; block < B * blocks; block++) {
-        const size_t b = block / blocks, i0 = block % blocks * BLOCK, at = b * count + i0;
-        const size_t n = min_size(BLOCK, count - i0);
-        const double factor = rate > 0 ? vit_drop_path_factor(((uint64_t *)keys.data)[b], salt, rate) : 1;
-        float wide[3][BLOCK];
-        const float *from = load(branch, at, n, wide[0]);
-        const float *input = x.data ? load(x, b * x_stride + i0, n, wide[1]) : NULL;
-        const float k = (float)factor;
-        float *to = room(out, at, wide[2]);
-        if (input) {
-#pragma omp simd
-            for (size_t i = 0; i < n; i++) to[i] = input[i] + k * from[i];
-        } else {
-#pragma omp simd
-            for (size_t i = 0; i < n; i++) to[i] = k * from[i];
-        }
-        store(out, at, n, to);
-    }
-}
-
-/* out = x + k_b branch:  dbranch = k_b dout, which is the same without an x */
-static void residual_backward(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
-                              size_t count, double rate, uint64_t salt) {
-    residual_forward(s, dbranch, (rt_block){0}, dout, keys, B, count, 0, rate, salt);
-}
 
 static void patchify_forward(rt_stream *s, rt_block patches, rt_block images, size_t B, size_t C,
                              size_t height, size_t width, size_t P) {
@@ -1267,7 +1290,8 @@ const vit_device vit_cpu = {
     .layernorm_forward = layernorm_forward,         .layernorm_backward = layernorm_backward,
     .attention_saved = attention_saved,
     .attention_forward = attention_forward,         .attention_backward = attention_backward,
-    .residual_forward = residual_forward,           .residual_backward = residual_backward,
+    .residual_forward = residual_forward,           .residual_layernorm_forward = residual_layernorm_forward,
+    .residual_backward = residual_backward,
     .patchify_forward = patchify_forward,
     .embedding_forward = embedding_forward,         .embedding_backward = embedding_backward,
     .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,

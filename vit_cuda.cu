@@ -890,12 +890,34 @@ static void linear_backward(rt_stream *s, rt_block dx, rt_block dw, rt_block db,
 /* A row is the work of one warp; lane l has columns 8 l .. 8 l + 7, and again 256 further on. */
 static const int STRIDE = WARP * VEC;
 
+/* What is added to x before: out = x + k_b branch; no branch: nothing. */
+template <class T> struct residual {
+    T *out;
+    const T *branch;
+    const uint64_t *keys;
+    size_t Q, x_stride; /* rows an image; elements from one image of x to the next */
+    double rate;
+    uint64_t salt;
+};
+
 template <class T>
 __global__ void layernorm_forward_kernel(T *y_, float *mean, float *rstd, const T *x_, const T *gamma,
-                                         const T *beta, size_t rows, size_t dim, float eps) {
+                                         const T *beta, size_t rows, size_t dim, float eps, residual<T> add) {
     const size_t row = thread_index() / WARP, first = threadIdx.x % WARP * VEC;
     if (row >= rows) return;
     const T *x = x_ + row * dim;
+    if (add.branch) {
+        const size_t b = row / add.Q;
+        const float k = add.rate > 0 ? (float)vit_drop_path_factor(add.keys[b], add.salt, add.rate) : 1;
+        x = x_ + b * add.x_stride + row % add.Q * dim;
+        for (size_t j = first; j < dim; j += STRIDE) {
+            const vec from = load(add.branch + row * dim + j, dim - j);
+            vec to = load(x + j, dim - j);
+            for (int i = 0; i < VEC; i++) to.v[i] += k * from.v[i];
+            store(add.out + row * dim + j, dim - j, to);
+        }
+        x = add.out + row * dim; /* rounded; each lane reads again what it has written */
+    }
     float sum = 0, squares = 0;
     for (size_t j = first; j < dim; j += STRIDE) {
         const vec v = load(x + j, dim - j);
@@ -919,14 +941,25 @@ __global__ void layernorm_forward_kernel(T *y_, float *mean, float *rstd, const 
     rstd[row] = r;
 }
 
-static void layernorm_forward(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block x,
-                              rt_block gamma, rt_block beta, size_t rows, size_t dim, double eps) {
+static void residual_layernorm_forward(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block out,
+                                       rt_block x, rt_block branch, rt_block keys, rt_block gamma,
+                                       rt_block beta, size_t B, size_t Q, size_t x_stride, size_t dim,
+                                       double eps, double rate, uint64_t salt) {
     by_type(x.type, [&](auto zero) {
         using T = decltype(zero);
-        LAUNCH(layernorm_forward_kernel<T>, blocks_of(rows * WARP), THREADS, 0, s, (T *)y.data,
+        const residual<T> add = {
+            (T *)out.data, (const T *)branch.data, (const uint64_t *)keys.data, Q, x_stride, rate, salt};
+        LAUNCH(layernorm_forward_kernel<T>, blocks_of(B * Q * WARP), THREADS, 0, s, (T *)y.data,
                (float *)mean.data, (float *)rstd.data, (const T *)x.data, (const T *)gamma.data,
-               (const T *)beta.data, rows, dim, (float)eps);
+               (const T *)beta.data, B * Q, dim, (float)eps, add);
     });
+}
+
+static void layernorm_forward(rt_stream *s, rt_block y, rt_block mean, rt_block rstd, rt_block x,
+                              rt_block gamma, rt_block beta, size_t rows, size_t dim, double eps) {
+    const rt_block none = {};
+    residual_layernorm_forward(s, y, mean, rstd, none, x, none, none, gamma, beta, 1, rows, 0, dim, eps, 0,
+                               0);
 }
 
 /* n = (x - mean) rstd, y = n gamma + beta, with g = dy gamma:
@@ -2090,7 +2123,8 @@ extern "C" const vit_device vit_cuda = {
     .linear_forward = linear_forward,               .linear_backward = linear_backward,
     .layernorm_forward = layernorm_forward,         .layernorm_backward = layernorm_backward,
     .attention_forward = attention_forward,         .attention_backward = attention_backward,
-    .residual_forward = residual_forward,           .residual_backward = residual_backward,
+    .residual_forward = residual_forward,           .residual_layernorm_forward = residual_layernorm_forward,
+    .residual_backward = residual_backward,
     .patchify_forward = patchify_forward,
     .embedding_forward = embedding_forward,         .embedding_backward = embedding_backward,
     .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,

@@ -287,6 +287,15 @@ static void NAIVE_OP(residual_backward)(rt_stream *s, rt_block dbranch_, rt_bloc
     }
 }
 
+static void NAIVE_OP(residual_layernorm_forward)(rt_stream *s, rt_block y, rt_block mean, rt_block rstd,
+                                                 rt_block out, rt_block x, rt_block branch, rt_block keys,
+                                                 rt_block gamma, rt_block beta, size_t B, size_t Q,
+                                                 size_t x_stride, size_t dim, double eps, double rate,
+                                                 uint64_t salt) {
+    NAIVE_OP(residual_forward)(s, out, x, branch, keys, B, Q * dim, x_stride, rate, salt);
+    NAIVE_OP(layernorm_forward)(s, y, mean, rstd, out, gamma, beta, B * Q, dim, eps);
+}
+
 /* ---------------------------------------------------------------------------------------------- embedding */
 
 static void NAIVE_OP(patchify_forward)(rt_stream *s, rt_block patches_, rt_block images_, size_t B, size_t C,
@@ -511,6 +520,7 @@ static const vit_device NAIVE = {
     .attention_forward = NAIVE_OP(attention_forward),
     .attention_backward = NAIVE_OP(attention_backward),
     .residual_forward = NAIVE_OP(residual_forward),
+    .residual_layernorm_forward = NAIVE_OP(residual_layernorm_forward),
     .residual_backward = NAIVE_OP(residual_backward),
     .patchify_forward = NAIVE_OP(patchify_forward),
     .embedding_forward = NAIVE_OP(embedding_forward),

@@ -98,6 +98,9 @@ static void recording_forget(rt_rank *rank, void *graph) {
     X(size_t, count) X(size_t, x_stride) X(double, rate) X(uint64_t, salt)
 #define RESIDUAL_BACKWARD(X) X(rt_block, dbranch) X(rt_block, dout) X(rt_block, keys) X(size_t, B) \
     X(size_t, count) X(double, rate) X(uint64_t, salt)
+#define RESIDUAL_LAYERNORM_FORWARD(X) X(rt_block, y) X(rt_block, mean) X(rt_block, rstd) X(rt_block, out) \
+    X(rt_block, x) X(rt_block, branch) X(rt_block, keys) X(rt_block, gamma) X(rt_block, beta) X(size_t, B) \
+    X(size_t, Q) X(size_t, x_stride) X(size_t, dim) X(double, eps) X(double, rate) X(uint64_t, salt)
 #define PATCHIFY_FORWARD(X) X(rt_block, patches) X(rt_block, images) X(size_t, B) X(size_t, C) \
     X(size_t, height) X(size_t, width) X(size_t, patch)
 #define EMBEDDING_FORWARD(X) X(rt_block, out) X(rt_block, x) X(rt_block, cls) X(rt_block, pos) \
@@ -125,6 +128,7 @@ RECORDED(layernorm_backward, LAYERNORM_BACKWARD)
 RECORDED(attention_forward, ATTENTION_FORWARD)
 RECORDED(attention_backward, ATTENTION_BACKWARD)
 RECORDED(residual_forward, RESIDUAL_FORWARD)
+RECORDED(residual_layernorm_forward, RESIDUAL_LAYERNORM_FORWARD)
 RECORDED(residual_backward, RESIDUAL_BACKWARD)
 RECORDED(patchify_forward, PATCHIFY_FORWARD)
 RECORDED(embedding_forward, EMBEDDING_FORWARD)
@@ -191,6 +195,7 @@ static vit_device recording_device(void) {
     d.attention_forward = recording_attention_forward;
     d.attention_backward = recording_attention_backward;
     d.residual_forward = recording_residual_forward;
+    d.residual_layernorm_forward = recording_residual_layernorm_forward;
     d.residual_backward = recording_residual_backward;
     d.patchify_forward = recording_patchify_forward;
     d.embedding_forward = recording_embedding_forward;

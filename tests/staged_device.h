@@ -102,6 +102,14 @@ static void staged_residual_forward(rt_stream *s, rt_block out, rt_block x, rt_b
                                     size_t B, size_t count, size_t x_stride, double rate, uint64_t salt) {
     STAGED(residual_forward(s, IN(out), IN(x), IN(branch), IN(keys), B, count, x_stride, rate, salt));
 }
+static void staged_residual_layernorm_forward(rt_stream *s, rt_block y, rt_block mean, rt_block rstd,
+                                              rt_block out, rt_block x, rt_block branch, rt_block keys,
+                                              rt_block gamma, rt_block beta, size_t B, size_t Q,
+                                              size_t x_stride, size_t dim, double eps, double rate,
+                                              uint64_t salt) {
+    STAGED(residual_layernorm_forward(s, IN(y), IN(mean), IN(rstd), IN(out), IN(x), IN(branch), IN(keys),
+                                      IN(gamma), IN(beta), B, Q, x_stride, dim, eps, rate, salt));
+}
 static void staged_residual_backward(rt_stream *s, rt_block dbranch, rt_block dout, rt_block keys, size_t B,
                                      size_t count, double rate, uint64_t salt) {
     STAGED(residual_backward(s, IN(dbranch), IN(dout), IN(keys), B, count, rate, salt));
@@ -177,6 +185,7 @@ static vit_device staged_device(void) {
     d.attention_forward = staged_attention_forward;
     d.attention_backward = staged_attention_backward;
     d.residual_forward = staged_residual_forward;
+    d.residual_layernorm_forward = staged_residual_layernorm_forward;
     d.residual_backward = staged_residual_backward;
     d.patchify_forward = staged_patchify_forward;
     d.embedding_forward = staged_embedding_forward;

@@ -334,6 +334,28 @@ static void residual_case(run *r) {
     r->device->residual_backward(r->s, branch.gradient, out.gradient, keys, B, count, r->c->rate, 7);
 }
 
+/* B, Q, dim, rows between those of two images of x: out = x + k branch, y = LayerNorm of out; both are outputs,
+ * as in a block. The sum goes where the branch was. */
+static void residual_layernorm_case(run *r) {
+    size_t B = r->c->n[0], Q = r->c->n[1], dim = r->c->n[2], count = Q * dim,
+           stride = count + r->c->n[3] * dim;
+    tensor x = input(r, B * stride), branch = input(r, B * count), gamma = input(r, dim),
+           beta = input(r, dim);
+    tensor out = output(r, B * count), y = output(r, B * count);
+    rt_block mean = result(r, statistic(r), B * Q), rstd = result(r, statistic(r), B * Q);
+    rt_block keys = r->c->rate > 0 ? sample_keys(r, B) : none;
+    memcpy(out.value.data, branch.value.data, bytes_of(out.value));
+    r->device->residual_layernorm_forward(r->s, y.value, mean, rstd, out.value, x.value, out.value, keys,
+                                          gamma.value, beta.value, B, Q, stride, dim, 1e-6, r->c->rate, 7);
+    if (!r->backward) return;
+    rt_block dout = scratch(r, r->type, B * count);
+    r->device->layernorm_backward(r->s, dout, gamma.gradient, beta.gradient, out.gradient, y.gradient,
+                                  out.value, mean, rstd, gamma.value, B, Q, Q, dim);
+    fill(x.gradient, 0);
+    for (size_t i = 0; i < B * count; i++) set(x.gradient, i / count * stride + i % count, get(dout, i));
+    r->device->residual_backward(r->s, branch.gradient, dout, keys, B, count, r->c->rate, 7);
+}
+
 /* B, N, D */
 static void embedding_case(run *r) {
     size_t B = r->c->n[0], N = r->c->n[1], D = r->c->n[2];
@@ -475,6 +497,7 @@ static void backward_of_every_operation_is_the_derivative_of_forward(void **stat
         {"residual", residual_case, 0, {6, 5}},
         {"residual", residual_case, 0.3, {6, 5}},
         {"residual", residual_case, 0.3, {6, 5, 4}},
+        {"residual, layernorm", residual_layernorm_case, 0.3, {6, 2, 5, 1}},
         {"embedding", embedding_case, 0, {3, 4, 5}},
         {"cross entropy", cross_entropy_case, 0, {4, 5}},
         {"cross entropy", cross_entropy_case, 0.1, {4, 5}},
@@ -919,6 +942,10 @@ static void other_operations_agree_with_the_naive_device(void **state) {
         {"residual", residual_case, 0.3, {3, 33}},
         {"residual", residual_case, 0.3, {64, 8009}},
         {"residual", residual_case, 0, {8, 192, 9001}},
+        {"residual, layernorm", residual_layernorm_case, 0, {1, 1, 8}},
+        {"residual, layernorm", residual_layernorm_case, 0.3, {5, 3, 33, 2}},
+        {"residual, layernorm", residual_layernorm_case, 0.3, {8, 17, 192}},
+        {"residual, layernorm", residual_layernorm_case, 0, {3, 1, 5003, 4}},
         {"embedding", embedding_case, 0, {1, 1, 1}},
         {"embedding", embedding_case, 0, {3, 4, 17}},
         {"embedding", embedding_case, 0, {9, 196, 192}},
@@ -997,6 +1024,9 @@ static void sixteen_bits_agree_with_double(void **state) {
         {"attention", attention_case, 0, {1, 197, 1, 80}},
         {"residual", residual_case, 0.3, {8, 8009}},
         {"residual", residual_case, 0, {8, 192, 9001}},
+        {"residual, layernorm", residual_layernorm_case, 0.3, {5, 3, 33, 2}},
+        {"residual, layernorm", residual_layernorm_case, 0, {8, 17, 192}},
+        {"residual, layernorm", residual_layernorm_case, 0, {3, 1, 5003, 4}},
         {"embedding", embedding_case, 0, {9, 196, 192}},
         {"embedding", embedding_case, 0, {5, 4, 17}},
         {"cross entropy", cross_entropy_case, 0, {33, 100}},
