@@ -90,6 +90,25 @@ for set in "fp16 --precision fp16" "tanh --gelu tanh --precision bf16"; do
 done
 other "TF32" "gpu single" 2e-2 --tf32
 
+# Shapes and options of all kinds, against the CPU.
+while read -r bar options; do
+    # shellcheck disable=SC2086
+    set -- $options
+    why=$(run "cpu $options" "$@" && run "gpu $options" --device cuda "$@")
+    verdict "losses of the CPU: $options" "${why:-$(far "cpu $options" "gpu $options" "$bar")}"
+done <<END
+1e-4 --optimizer sgd --learning-rate 0.05
+1e-4 --layer-decay 0.7 --label-smoothing 0.1 --scheduler linear --warmup-steps 2
+1e-4 --freeze-backbone
+1e-4 --strategy zero3 --nproc-per-node 3 --backend local --activation-checkpointing=2 --prefetch 2
+1e-4 --strategy zero3 --nproc-per-node 3 --backend local --no-reshard-after-forward --gradient-reduction every
+2e-2 --strategy ddp --nproc-per-node 2 --backend local --bucket-size-mb 0.05 --precision bf16 --reduce-dtype fp32
+2e-2 --strategy zero2 --nproc-per-node 2 --backend local --precision bf16 --reduce-dtype bf16
+1e-4 --embed-dim 40 --num-heads 5
+2e-2 --embed-dim 160 --precision bf16
+2e-2 --embed-dim 33 --num-heads 3 --mlp-ratio 1.7 --precision bf16
+END
+
 grep -q '^GPU, in use ' "$work/gpu single.err" && grep -q '^difference ' "$work/gpu single.err"
 verdict "the ledger stands beside what the GPU says" "$([ $? -eq 0 ] || echo "no such lines: $(tail -3 "$work/gpu single.err")")"
 
