@@ -704,7 +704,7 @@ static void held_post(dist_comm *comm, const dist_call *calls, size_t n) {
     dist__local_post(comm, calls, n);
 }
 
-static const dist_transport held = {"held", held_post, NULL, NULL};
+static const dist_transport held = {.name = "held", .post = held_post};
 
 static int late_post_body(dist_comm *comm, void *argument) {
     static const char *const units[] = {"a", "b", "c"};
