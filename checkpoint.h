@@ -394,7 +394,7 @@ typedef struct checkpoint_state {
     size_t epoch_steps;   /* how many */
     double last_accuracy, best_accuracy, best_saved;
     size_t evaluated;  /* the step of the last evaluation, SIZE_MAX: there was none */
-    double loss_scale; /* with what follows, dist_scaler's; told of fp16 alone */
+    double loss_scale; /* with what follows, vit_scaler's; told of fp16 alone */
     size_t scaler_step, scaler_overflow, scaler_left, scaler_skipped; /* overflow: 1 + its step, 0: none */
     char best[32];  /* the folder that checkpoints/best names, "": none */
     cJSON *options; /* every option, as in config.json's "options" */

@@ -200,23 +200,6 @@ typedef struct dist_parameter_slot {
     rt_event gathered, freed;
 } dist_parameter_slot;
 
-/* The dynamic loss scale of fp16, whose smallest number is 2^-24: gradients are those of `scale` times the
- * loss. It is DeepSpeed's rule (runtime/fp16/loss_scaler.py, after Megatron): an overflow skips the step;
- * as long as there is hysteresis left it costs one of it, else it halves the scale; `window` steps without
- * one double it. */
-typedef struct dist_scaler {
-    double scale, least;
-    int64_t window, step,
-        last_overflow;        /* step: of which the next update is told; last_overflow: -1 for none */
-    int64_t hysteresis, left; /* overflows that it takes to halve the scale; that it takes now */
-    int64_t skipped;          /* steps so far */
-} dist_scaler;
-
-/* A scale of 2^16, of at least 1, a window of 1000 and a hysteresis of 2. */
-dist_scaler dist_scaler_default(void);
-/* After a step, with or without overflow. -1: an overflow when the scale cannot fall any more. */
-int dist_scaler_update(dist_scaler *scaler, int overflow);
-
 typedef struct dist_result {
     double loss;          /* mean over the global batch, before the update */
     double gradient_norm; /* of the mean loss, before clipping */
@@ -231,7 +214,7 @@ typedef struct dist_result {
 typedef struct dist_outcome {
     rt_block scalars, loss; /* [VIT_SCALARS]; int64 [3]: loss, bad losses, ranks that want to stop */
     rt_event ready, read;
-    dist_result result;
+    double ended; /* as dist_result's, of a device on which the host does not wait */
 } dist_outcome;
 
 /* A part of a step, of a micro-batch or the update, as the device has recorded it. */
@@ -262,7 +245,8 @@ typedef struct dist {
     size_t buckets, *bucket_of;   /* [units] */
     dist_gradient_slot gradient_slot[2];
     rt_block backward_grads; /* of one unit, where they are kept in another type than backward gives */
-    dist_scaler scaler;
+    vit_scaler scaler; /* fp16: after the last step that has been read; a resumed run's, before the first */
+    rt_block device_scaler; /* after the last step */
     rt_event *last_reduced; /* of the reduction that was posted last */
     vit_context update;     /* where the optimizer runs: the device's, or with offload the host's */
     rt_block scalars, control, counts;
@@ -342,7 +326,9 @@ void dist_export_state(dist *d, size_t u, int i, float *values);
 /* One optimizer step: begin (t from 1), `accumulation` micro-batches, end. Images [B, C, height, width] in
  * float, labels [B], keys [B] of the samples' own randomness. A step whose gradient norm is not finite
  * updates nothing; in fp32 and bf16 neither does any later one, until dist_forward has looked for the unit,
- * so that what the host reads a step late can still be explained.
+ * so that what the host reads a step late can still be explained. In fp16 that is an overflow, and the device
+ * goes on with the loss scale that follows; when that cannot fall any more, no later step updates anything,
+ * and reading the result fails the world.
  *
  * With a result the host waits for the step. Without one (NULL) it runs on, and dist_read_result gives the
  * result of the earliest step that has not been read, and waits for that step alone; at most two may be
@@ -1037,7 +1023,8 @@ static void dist__update(dist *d) {
     dist__collective(d, DIST_CONTROL, d->control, d->control, "step", &d->control_ready, &d->control_done);
     if (d->options.offload) dist__fetch_gradients(d);
     dist__wait(d->comm, RT_COMPUTE, &d->control_done);
-    vit_gradient_factor(c, d->scalars, counters, divisor, d->options.gradient_clipping);
+    vit_decide_step(c, d->scalars, d->device_scaler, counters, divisor, d->options.gradient_clipping,
+                    &d->options.adamw);
     if (owned && d->comm->observe) d->comm->observe(d->comm->observer, "step", "optimizer", owned);
     if (d->options.offload)
         dist__update_on_host(d);
@@ -1313,28 +1300,6 @@ const dist_strategy *dist_strategy_named(const char *name) {
 
 /* -------------------------------------------------------------------------------------- the training loop */
 
-dist_scaler dist_scaler_default(void) {
-    return (dist_scaler){
-        .scale = 65536, .least = 1, .window = 1000, .last_overflow = -1, .hysteresis = 2, .left = 2};
-}
-
-int dist_scaler_update(dist_scaler *s, int overflow) {
-    int64_t stable = s->step - s->last_overflow - 1;
-    if (overflow && s->left > 1) {
-        s->left--;
-    } else if (overflow) {
-        if (s->scale == s->least) return -1;
-        s->scale = fmax(s->scale / 2, s->least);
-    } else if (stable > 0 && stable % s->window == 0) {
-        s->left = s->hysteresis;
-        s->scale *= 2;
-    }
-    if (overflow) s->last_overflow = s->step;
-    s->skipped += overflow;
-    s->step++;
-    return 0;
-}
-
 static rt_category dist__optimizer_memory(const dist *d) {
     return d->options.offload ? RT_HOST_MEMORY : RT_OPTIMIZER;
 }
@@ -1381,7 +1346,8 @@ int dist_open(dist *d, dist_comm *comm, const vit_model *model, const dist_optio
         s->host_grad = rt_alloc(rank, RT_HOST_MEMORY, s->grad.type, count, 1);
     }
     if (options->offload) d->host_scalars = rt_alloc(rank, RT_HOST_MEMORY, RT_FP64, VIT_SCALARS, 1);
-    d->scaler = dist_scaler_default();
+    d->scaler = vit_scaler_default();
+    d->device_scaler = rt_alloc(rank, RT_WORKSPACE, RT_U8, sizeof(vit_scaler), 1);
     d->scalars = rt_alloc(rank, RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
     d->control = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, DIST__CONTROL, 1);
     d->counts = rt_alloc(rank, RT_COMMUNICATION_BUFFERS, RT_I64, options->counts, 1);
@@ -1426,6 +1392,7 @@ void dist_close(dist *d) {
     rt_free(d->rank, RT_PARAMETERS, &d->params);
     rt_free(d->rank, RT_GRADIENTS, &d->grads);
     rt_free(d->rank, RT_GRADIENTS, &d->backward_grads);
+    rt_free(d->rank, RT_WORKSPACE, &d->device_scaler);
     rt_free(d->rank, RT_WORKSPACE, &d->scalars);
     for (int i = 0; i < 2; i++) {
         rt_free(d->rank, RT_WORKSPACE, &d->outcome[i].scalars);
@@ -1667,16 +1634,19 @@ static void dist__launched(dist *d, size_t k) {
 }
 
 void dist_begin_step(dist *d, size_t t, double learning_rate) {
-    const vit_adamw_options *o = &d->options.adamw;
-    t -= (size_t)d->scaler.skipped; /* AdamW counts its updates */
-    double scalars[VIT_SCALARS] = {[VIT_LEARNING_RATE] = learning_rate,
-                                   [VIT_BIAS_CORRECTION1] = 1 - pow(o->beta1, (double)t),
-                                   [VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, (double)t),
-                                   [VIT_LOSS_SCALE] = d->model->type == RT_FP16 ? d->scaler.scale : 1};
-    vit_copy_in(&d->context, d->scalars, scalars);
+    int fp16 = d->model->type == RT_FP16;
+    double scalars[VIT_SCALARS] = {[VIT_LEARNING_RATE] = learning_rate, [VIT_STEP] = (double)t};
+    size_t told = VIT_STEP + 1;
+    if (d->ended == 0) { /* all that the device will go on from */
+        vit_scaler scaler = fp16 ? d->scaler : (vit_scaler){.scale = 1};
+        vit_copy_in(&d->context, d->device_scaler, &scaler);
+        scalars[VIT_LOSS_SCALE] = scaler.scale;
+        told = VIT_SCALARS;
+    }
+    vit_copy_in(&d->context, rt_slice(d->scalars, 0, told), scalars);
     /* the counter of what is not finite stays, but in fp16, where an overflow is no failure */
     if (d->graph) d->next_slot = 0; /* the same slots in every step */
-    size_t cleared = d->model->type == RT_FP16 ? d->control.count : DIST__NORM + VIT_NORM_NOT_FINITE;
+    size_t cleared = fp16 ? d->control.count : DIST__NORM + VIT_NORM_NOT_FINITE;
     vit_fill(&d->context, rt_slice(d->control, 0, cleared), 0);
 }
 
@@ -1694,24 +1664,6 @@ void dist_micro_batch(dist *d, size_t micro, const void *images, const int32_t *
     dist__launched(d, micro);
 }
 
-/* Waits for what a step came to. The copy stream does not wait for later steps. */
-static void dist__read(dist *d, dist_outcome *o) {
-    vit_context copy = dist__copying(d);
-    double scalars[VIT_SCALARS] = {0};
-    int64_t loss[DIST__NORM] = {0};
-    dist__wait(d->comm, RT_COPY, &o->ready);
-    vit_copy_out(&copy, scalars, o->scalars);
-    vit_copy_out(&copy, loss, o->loss);
-    rt_record(d->rank, RT_COPY, &o->read);
-    if (d->rank->wait) o->result.ended = rt_seconds();
-    o->result.loss =
-        (double)loss[DIST__LOSS] * VIT_LOSS_UNIT / ((double)d->comm->size * (double)d->options.accumulation);
-    o->result.gradient_norm = scalars[VIT_GRADIENT_NORM];
-    o->result.bad_losses = (size_t)loss[DIST__BAD_LOSSES];
-    o->result.stop = loss[DIST__STOP] != 0;
-    o->result.loss_scale = scalars[VIT_LOSS_SCALE];
-}
-
 void dist_end_step(dist *d, dist_result *result) {
     dist_outcome *o = &d->outcome[d->ended++ % 2];
     int64_t stop = d->stop_requested;
@@ -1727,23 +1679,32 @@ void dist_end_step(dist *d, dist_result *result) {
     vit_cast(&d->context, o->scalars, d->scalars);
     vit_cast(&d->context, o->loss, rt_slice(d->control, DIST__LOSS, DIST__NORM - DIST__LOSS));
     rt_record(d->rank, RT_COMPUTE, &o->ready);
-    o->result = (dist_result){.ended = rt_seconds()};
-    if (d->model->type == RT_FP16) { /* the next step's loss scale, and AdamW's count, depend on it */
-        dist__read(d, o);
-        o->result.overflow = !isfinite(o->result.gradient_norm);
-        if (!rt_failed(d->rank) && dist_scaler_update(&d->scaler, o->result.overflow))
-            rt_fail(d->rank,
-                    "fp16: a gradient overflows though the loss scale is %g, expected no less (--precision "
-                    "bf16)",
-                    d->scaler.scale);
-    }
+    o->ended = rt_seconds();
     while (result && d->known < d->ended) dist_read_result(d, result);
 }
 
 void dist_read_result(dist *d, dist_result *result) {
     dist_outcome *o = &d->outcome[d->known++ % 2];
-    if (d->model->type != RT_FP16) dist__read(d, o);
-    *result = o->result;
+    vit_context copy = dist__copying(d); /* the copy stream does not wait for later steps */
+    double scalars[VIT_SCALARS] = {0};
+    int64_t loss[DIST__NORM] = {0};
+    dist__wait(d->comm, RT_COPY, &o->ready);
+    vit_copy_out(&copy, scalars, o->scalars);
+    vit_copy_out(&copy, loss, o->loss);
+    rt_record(d->rank, RT_COPY, &o->read);
+    *result = (dist_result){.loss = (double)loss[DIST__LOSS] * VIT_LOSS_UNIT /
+                                    ((double)d->comm->size * (double)d->options.accumulation),
+                            .gradient_norm = scalars[VIT_GRADIENT_NORM],
+                            .bad_losses = (size_t)loss[DIST__BAD_LOSSES],
+                            .loss_scale = scalars[VIT_USED_SCALE],
+                            .stop = loss[DIST__STOP] != 0,
+                            .ended = d->rank->wait ? rt_seconds() : o->ended};
+    if (d->model->type != RT_FP16 || rt_failed(d->rank)) return;
+    result->overflow = !isfinite(result->gradient_norm);
+    if (vit_scaler_update(&d->scaler, result->overflow))
+        rt_fail(d->rank,
+                "fp16: a gradient overflows though the loss scale is %g, expected no less (--precision bf16)",
+                d->scaler.scale);
 }
 
 void dist_forward(dist *d, const void *images, const int32_t *labels, float *logits, float *losses,

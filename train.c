@@ -855,7 +855,7 @@ static int evaluate_and_log(trainer *t, size_t step, size_t epoch) {
 /* Where training stands after `step`, when `used` samples of the epoch's order are. */
 static checkpoint_state training_state(const trainer *t, size_t step, size_t used) {
     const train_options *o = &t->r->o;
-    const dist_scaler *scaler = &t->d.scaler;
+    const vit_scaler *scaler = &t->d.scaler;
     int ended = used + t->r->global_batch > t->r->train.count; /* the epoch */
     checkpoint_state s = {.step = step,
                           .epoch = t->epoch + (size_t)ended,

@@ -68,17 +68,36 @@ const char *vit_config_name(size_t i);
 
 /* --------------------------------------------------------------------------------------- the device table */
 
-/* What changes at every step lives in device memory as one block of doubles, so that a recorded step can be
- * replayed: the host writes the first group before the step, the device writes the second. */
+/* What changes at every step lives in device memory as one block of doubles, so that a step can be launched
+ * before the last one has ended, and a recorded one be replayed: the host writes the first two before every
+ * step, the device all others (vit_step_rule). */
 enum {
     VIT_LEARNING_RATE,
-    VIT_BIAS_CORRECTION1, /* 1 - beta1^t */
-    VIT_BIAS_CORRECTION2, /* 1 - beta2^t */
+    VIT_STEP,             /* from 1, skipped ones included */
     VIT_LOSS_SCALE,       /* gradients are those of so many times the loss: fp16 would lose small ones */
+    VIT_BIAS_CORRECTION1, /* 1 - beta1^t, t: updates with this one */
+    VIT_BIAS_CORRECTION2, /* 1 - beta2^t */
     VIT_GRADIENT_FACTOR,  /* average, unscaling and clipping in one; 0: skip this step's update */
     VIT_GRADIENT_NORM,    /* of the averaged gradient, unscaled, before clipping */
+    VIT_USED_SCALE,       /* the loss scale of this step, when VIT_LOSS_SCALE is the next one's */
+    VIT_HALTED,           /* 1: an overflow was one too many, and nothing is updated any more */
     VIT_SCALARS
 };
+
+/* The dynamic loss scale of fp16, whose smallest number is 2^-24: gradients are those of `scale` times the
+ * loss. It is DeepSpeed's rule (runtime/fp16/loss_scaler.py, after Megatron): an overflow skips the step;
+ * as long as there is hysteresis left it costs one of it, else it halves the scale; `window` steps without
+ * one double it. */
+typedef struct vit_scaler {
+    double scale, least;
+    int64_t window, step,     /* window 0: the scale is fixed; step: of which the next update is told */
+        last_overflow;        /* -1 for none */
+    int64_t hysteresis, left; /* overflows that it takes to halve the scale; that it takes now */
+    int64_t skipped;          /* steps so far */
+} vit_scaler;
+
+/* A scale of 2^16, of at least 1, a window of 1000 and a hysteresis of 2. */
+vit_scaler vit_scaler_default(void);
 
 /* Counters of the exact sum of squares: two per binary exponent of a granule's sum, and one for Inf and NaN.
  * The squares of fp32 numbers, and sums of 16 of them, have exponents -298 .. 260. */
@@ -191,10 +210,10 @@ typedef struct vit_device {
      * order, then its significand is added as two integers to the counters of its exponent. Integer sums
      * do not depend on their order. */
     void (*sum_of_squares)(rt_stream *s, rt_block counters, rt_block x);
-    /* From the counters of the whole gradient (a sum of `divisor` gradients), with n = divisor *
-     * scalars[VIT_LOSS_SCALE]: scalars[VIT_GRADIENT_NORM] = norm / n, scalars[VIT_GRADIENT_FACTOR] =
-     * min(1, clip / (norm / n + 1e-6)) / n (clip 0: off); 0 if not finite. */
-    void (*gradient_factor)(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip);
+    /* vit_step_rule with the sum of squares that the counters of the whole gradient (a sum of `divisor`
+     * gradients) give; scaler holds one vit_scaler (RT_U8 [sizeof]). */
+    void (*decide_step)(rt_stream *s, rt_block scalars, rt_block scaler, rt_block counters, double divisor,
+                        double clip, const vit_adamw_options *o);
 
     void (*fill)(rt_stream *s, rt_block x, int byte); /* every byte of x = byte */
     /* Any of fp32, bf16 and fp16 to any, and any type to itself; [n] both. */
@@ -236,6 +255,44 @@ typedef struct vit_device {
 /* The factor of one branch of one sample: 0 or 1 / (1 - rate). Shared by all devices. */
 BASE_INLINE double vit_drop_path_factor(uint64_t sample_key, uint64_t salt, double rate) {
     return random_uniform(sample_key, salt) < rate ? 0.0 : 1.0 / (1.0 - rate);
+}
+
+/* After a step, with or without overflow. -1: an overflow when the scale cannot fall any more. Shared by the
+ * host and all devices. */
+BASE_INLINE int vit_scaler_update(vit_scaler *s, int overflow) {
+    int64_t stable = s->step - s->last_overflow - 1;
+    if (s->window == 0) return 0;
+    if (overflow && s->left > 1) {
+        s->left--;
+    } else if (overflow) {
+        if (s->scale == s->least) return -1;
+        s->scale = fmax(s->scale / 2, s->least);
+    } else if (stable > 0 && stable % s->window == 0) {
+        s->left = s->hysteresis;
+        s->scale *= 2;
+    }
+    if (overflow) s->last_overflow = s->step;
+    s->skipped += overflow;
+    s->step++;
+    return 0;
+}
+
+/* All that follows from the sum of squares of a step's gradient, which is the sum of n = divisor * loss scale
+ * gradients: norm = sqrt(sum) / n, factor = min(1, clip / (norm + 1e-6)) / n (clip 0: off; 0 if the sum is not
+ * finite), AdamW's corrections, which count updates, and the next step's loss scale. s [VIT_SCALARS]. Shared
+ * by all devices. */
+BASE_INLINE void vit_step_rule(double *s, vit_scaler *scaler, double sum_of_squares, int finite,
+                               double divisor, double clip, const vit_adamw_options *o) {
+    double n = divisor * s[VIT_LOSS_SCALE], t = s[VIT_STEP] - (double)scaler->skipped;
+    double norm = finite ? sqrt(sum_of_squares) / n : (double)NAN;
+    double clipping = clip > 0 ? fmin(1., clip / (norm + 1e-6)) : 1;
+    if (vit_scaler_update(scaler, !finite)) s[VIT_HALTED] = 1;
+    s[VIT_BIAS_CORRECTION1] = 1 - pow(o->beta1, t);
+    s[VIT_BIAS_CORRECTION2] = 1 - pow(o->beta2, t);
+    s[VIT_GRADIENT_NORM] = norm;
+    s[VIT_GRADIENT_FACTOR] = finite && s[VIT_HALTED] == 0 ? clipping / n : 0;
+    s[VIT_USED_SCALE] = s[VIT_LOSS_SCALE];
+    s[VIT_LOSS_SCALE] = scaler->scale;
 }
 
 extern const vit_device vit_cpu;  /* vit_cpu.c */
@@ -400,8 +457,8 @@ void vit_cast(const vit_context *c, rt_block to, rt_block from);
 void vit_add(const vit_context *c, rt_block x, rt_block y);
 void vit_loss_accumulate(const vit_context *c, rt_block total);
 void vit_sum_of_squares(const vit_context *c, rt_block counters, rt_block x);
-void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counters, double divisor,
-                         double clip);
+void vit_decide_step(const vit_context *c, rt_block scalars, rt_block scaler, rt_block counters,
+                     double divisor, double clip, const vit_adamw_options *o);
 void vit_adamw(const vit_context *c, rt_block param, rt_block master, rt_block exp_avg, rt_block exp_avg_sq,
                rt_block grad, rt_block scalars, size_t decayed, double rate, const vit_adamw_options *o);
 void vit_sgd(const vit_context *c, rt_block param, rt_block master, rt_block momentum, rt_block grad,
@@ -588,6 +645,11 @@ static rt_block vit__parameter(const vit_unit *u, rt_block flat, int tensor) {
 /* LayerNorm statistics and losses stay in fp32 in any lower precision. */
 static rt_type vit__statistic(const vit_model *m) { return m->type == RT_FP64 ? RT_FP64 : RT_FP32; }
 
+vit_scaler vit_scaler_default(void) {
+    return (vit_scaler){
+        .scale = 65536, .least = 1, .window = 1000, .last_overflow = -1, .hysteresis = 2, .left = 2};
+}
+
 /* --------------------------------------------------------------------------------- operations, front ends */
 
 /* Declares the accesses, calls the device's entry, and accounts for the work: the whole front end of an
@@ -631,10 +693,10 @@ void vit_sum_of_squares(const vit_context *c, rt_block counters, rt_block x) {
              vit__bytes(x), counters, x);
 }
 
-void vit_gradient_factor(const vit_context *c, rt_block scalars, rt_block counters, double divisor,
-                         double clip) {
-    VIT__RUN(c, gradient_factor, RT_BLOCKS(scalars, counters), RT_BLOCKS(scalars), (double)counters.count,
-             vit__bytes(counters), scalars, counters, divisor, clip);
+void vit_decide_step(const vit_context *c, rt_block scalars, rt_block scaler, rt_block counters,
+                     double divisor, double clip, const vit_adamw_options *o) {
+    VIT__RUN(c, decide_step, RT_BLOCKS(scalars, scaler, counters), RT_BLOCKS(scalars, scaler),
+             (double)counters.count, vit__bytes(counters), scalars, scaler, counters, divisor, clip, o);
 }
 
 /* Bytes of parameters and gradient in an update: the master, or param itself, is read and written. */

@@ -1152,20 +1152,15 @@ static void sum_of_squares(rt_stream *s, rt_block counters, rt_block x) {
     }
 }
 
-static void gradient_factor(rt_stream *s, rt_block scalars_, rt_block counters_, double divisor,
-                            double clip) {
+static void decide_step(rt_stream *s, rt_block scalars, rt_block scaler, rt_block counters_, double divisor,
+                        double clip, const vit_adamw_options *o) {
     const int64_t *counters = counters_.data;
-    double *scalars = scalars_.data, sum = 0;
-    divisor *= scalars[VIT_LOSS_SCALE];
+    double sum = 0;
     for (int i = 0; i < VIT_NORM_EXPONENTS; i++) {
         const double significands = (double)counters[2 * i] + 0x1p26 * (double)counters[2 * i + 1];
         sum += ldexp(significands, i + VIT_NORM_MIN_EXPONENT - 52);
     }
-    const int finite = counters[VIT_NORM_NOT_FINITE] == 0;
-    const double norm = finite ? sqrt(sum) / divisor : (double)NAN;
-    const double clipping = clip > 0 ? fmin(1, clip / (norm + 1e-6)) : 1;
-    scalars[VIT_GRADIENT_NORM] = norm;
-    scalars[VIT_GRADIENT_FACTOR] = finite ? clipping / divisor : 0;
+    vit_step_rule(scalars.data, scaler.data, sum, counters[VIT_NORM_NOT_FINITE] == 0, divisor, clip, o);
 }
 
 /* -------------------------------------------------------------------------------------- vector arithmetic */
@@ -1296,6 +1291,6 @@ const vit_device vit_cpu = {
     .embedding_forward = embedding_forward,         .embedding_backward = embedding_backward,
     .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
-    .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
+    .sum_of_squares = sum_of_squares, .decide_step = decide_step,
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers, .description = vit_cpu_description,
 };

@@ -1880,8 +1880,8 @@ static void sum_of_squares(rt_stream *s, rt_block counters, rt_block x) {
 }
 
 /* One block of VIT_NORM_EXPONENTS threads; the first adds up in order. */
-__global__ void gradient_factor_kernel(double *scalars, const int64_t *counters, double divisor,
-                                       double clip) {
+__global__ void decide_step_kernel(double *scalars, vit_scaler *scaler, const int64_t *counters,
+                                   double divisor, double clip, vit_adamw_options o) {
     __shared__ double terms[VIT_NORM_EXPONENTS];
     const int i = threadIdx.x;
     const double significands = (double)counters[2 * i] + 0x1p26 * (double)counters[2 * i + 1];
@@ -1890,17 +1890,13 @@ __global__ void gradient_factor_kernel(double *scalars, const int64_t *counters,
     if (i) return;
     double sum = 0;
     for (int k = 0; k < VIT_NORM_EXPONENTS; k++) sum += terms[k];
-    divisor *= scalars[VIT_LOSS_SCALE];
-    const int finite = counters[VIT_NORM_NOT_FINITE] == 0;
-    const double norm = finite ? sqrt(sum) / divisor : (double)NAN;
-    const double clipping = clip > 0 ? fmin(1., clip / (norm + 1e-6)) : 1;
-    scalars[VIT_GRADIENT_NORM] = norm;
-    scalars[VIT_GRADIENT_FACTOR] = finite ? clipping / divisor : 0;
+    vit_step_rule(scalars, scaler, sum, counters[VIT_NORM_NOT_FINITE] == 0, divisor, clip, &o);
 }
 
-static void gradient_factor(rt_stream *s, rt_block scalars, rt_block counters, double divisor, double clip) {
-    LAUNCH(gradient_factor_kernel, 1, VIT_NORM_EXPONENTS, 0, s, (double *)scalars.data,
-           (const int64_t *)counters.data, divisor, clip);
+static void decide_step(rt_stream *s, rt_block scalars, rt_block scaler, rt_block counters, double divisor,
+                        double clip, const vit_adamw_options *o) {
+    LAUNCH(decide_step_kernel, 1, VIT_NORM_EXPONENTS, 0, s, (double *)scalars.data,
+           (vit_scaler *)scaler.data, (const int64_t *)counters.data, divisor, clip, *o);
 }
 
 /* -------------------------------------------------------------------------------------- vector arithmetic */
@@ -2129,7 +2125,7 @@ extern "C" const vit_device vit_cuda = {
     .embedding_forward = embedding_forward,         .embedding_backward = embedding_backward,
     .cross_entropy_forward = cross_entropy_forward, .cross_entropy_backward = cross_entropy_backward,
     .loss_accumulate = loss_accumulate, .adamw = adamw, .sgd = sgd,
-    .sum_of_squares = sum_of_squares, .gradient_factor = gradient_factor,
+    .sum_of_squares = sum_of_squares, .decide_step = decide_step,
     .fill = fill, .cast = cast, .add = add, .sum_buffers = sum_buffers,
     .description = cuda_description, .memory = cuda_memory, .list = cuda_list, .reserve = cuda_reserve,
     .address = cuda_address,

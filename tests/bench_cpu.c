@@ -40,7 +40,7 @@ typedef struct {
     rt_world world;
     rt_stream *stream;
     shape shape;
-    rt_block x, y, pre, dx, w, dw, vector, qkv, saved, counters, scalars, triad[3];
+    rt_block x, y, pre, dx, w, dw, vector, qkv, saved, counters, scalars, scaler, triad[3];
     vit_replica vit; /* for the whole step, with AdamW's state */
     rt_block exp_avg, exp_avg_sq;
     float *images;
@@ -198,7 +198,7 @@ static void step(bench *b, size_t in, size_t out) {
     vit_backward(&b->vit);
     vit_fill(c, b->counters, 0);
     vit_sum_of_squares(c, b->counters, b->vit.gradients);
-    vit_gradient_factor(c, b->scalars, b->counters, 1, 1);
+    vit_decide_step(c, b->scalars, b->scaler, b->counters, 1, 1, &o);
     vit_adamw(c, b->vit.parameters, (rt_block){0}, b->exp_avg, b->exp_avg_sq, b->vit.gradients, b->scalars, 0,
               1, &o);
 }
@@ -300,7 +300,9 @@ int main(int argc, char **argv) {
     if (vit_cpu.open(&b.world.ranks[0], &e)) return fprintf(stderr, "%s\n", e.text), 1;
     b.counters = rt_alloc(&b.world.ranks[0], RT_WORKSPACE, RT_I64, VIT_NORM_COUNTERS, 1);
     b.scalars = rt_alloc(&b.world.ranks[0], RT_WORKSPACE, RT_FP64, VIT_SCALARS, 1);
-    for (int i = 0; i < VIT_SCALARS; i++) ((double *)b.scalars.data)[i] = 1e-3;
+    b.scaler = rt_alloc(&b.world.ranks[0], RT_WORKSPACE, RT_U8, sizeof(vit_scaler), 1);
+    ((vit_scaler *)b.scaler.data)->scale = 1e-3;
+    for (int i = 0; i < VIT_HALTED; i++) ((double *)b.scalars.data)[i] = 1e-3;
     for (int i = 0; i < 3; i++) b.triad[i] = random_block(&b, TRIAD, 1);
     printf("%s, %d threads; limits now: %.0f GFLOP/s, %.1f GB/s\n", vit_cpu_description(&b.world.ranks[0]),
            b.world.ranks[0].threads, 1e-9 * fma_peak(b.world.ranks[0].threads),

@@ -449,20 +449,15 @@ static void NAIVE_OP(sum_of_squares)(rt_stream *s, rt_block counters_, rt_block 
     }
 }
 
-static void NAIVE_OP(gradient_factor)(rt_stream *s, rt_block scalars_, rt_block counters_, double divisor,
-                                      double clip) {
+static void NAIVE_OP(decide_step)(rt_stream *s, rt_block scalars, rt_block scaler, rt_block counters_,
+                                  double divisor, double clip, const vit_adamw_options *o) {
     (void)s;
-    double *scalars = scalars_.data, sum = 0;
+    double sum = 0;
     const int64_t *counters = counters_.data;
     for (int i = 0; i < VIT_NORM_EXPONENTS; i++)
         sum += ldexp((double)counters[2 * i] * 0x1p27 + (double)counters[2 * i + 1],
                      i + VIT_NORM_MIN_EXPONENT - 53);
-    int finite = counters[VIT_NORM_NOT_FINITE] == 0;
-    divisor *= scalars[VIT_LOSS_SCALE];
-    double norm = finite ? sqrt(sum) / divisor : NAN;
-    double clipping = clip > 0 ? fmin(1, clip / (norm + 1e-6)) : 1;
-    scalars[VIT_GRADIENT_NORM] = norm;
-    scalars[VIT_GRADIENT_FACTOR] = finite ? clipping / divisor : 0;
+    vit_step_rule(scalars.data, scaler.data, sum, counters[VIT_NORM_NOT_FINITE] == 0, divisor, clip, o);
 }
 
 /* --------------------------------------------------------------------------------------------------- sums */
@@ -531,7 +526,7 @@ static const vit_device NAIVE = {
     .adamw = NAIVE_OP(adamw),
     .sgd = NAIVE_OP(sgd),
     .sum_of_squares = NAIVE_OP(sum_of_squares),
-    .gradient_factor = NAIVE_OP(gradient_factor),
+    .decide_step = NAIVE_OP(decide_step),
     .fill = NAIVE_OP(fill),
     .cast = NAIVE_OP(cast),
     .add = NAIVE_OP(add),

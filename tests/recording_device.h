@@ -117,7 +117,8 @@ static void recording_forget(rt_rank *rank, void *graph) {
 #define SGD(X) X(rt_block, param) X(rt_block, master) X(rt_block, momentum) X(rt_block, grad) \
     X(rt_block, scalars) X(size_t, decayed) X(double, rate) X(const vit_sgd_options *, o)
 #define SUM_OF_SQUARES(X) X(rt_block, counters) X(rt_block, x)
-#define GRADIENT_FACTOR(X) X(rt_block, scalars) X(rt_block, counters) X(double, divisor) X(double, clip)
+#define DECIDE_STEP(X) X(rt_block, scalars) X(rt_block, scaler) X(rt_block, counters) X(double, divisor) \
+    X(double, clip) X(const vit_adamw_options *, o)
 #define FILL(X) X(rt_block, x) X(int, byte)
 #define CAST(X) X(rt_block, to) X(rt_block, from)
 #define ADD(X) X(rt_block, x) X(rt_block, y)
@@ -139,7 +140,7 @@ RECORDED(loss_accumulate, LOSS_ACCUMULATE)
 RECORDED(adamw, ADAMW)
 RECORDED(sgd, SGD)
 RECORDED(sum_of_squares, SUM_OF_SQUARES)
-RECORDED(gradient_factor, GRADIENT_FACTOR)
+RECORDED(decide_step, DECIDE_STEP)
 RECORDED(fill, FILL)
 RECORDED(cast, CAST)
 RECORDED(add, ADD)
@@ -206,7 +207,7 @@ static vit_device recording_device(void) {
     d.adamw = recording_adamw;
     d.sgd = recording_sgd;
     d.sum_of_squares = recording_sum_of_squares;
-    d.gradient_factor = recording_gradient_factor;
+    d.decide_step = recording_decide_step;
     d.fill = recording_fill;
     d.cast = recording_cast;
     d.add = recording_add;

@@ -153,9 +153,9 @@ static void staged_sgd(rt_stream *s, rt_block param, rt_block master, rt_block m
 static void staged_sum_of_squares(rt_stream *s, rt_block counters, rt_block x) {
     STAGED(sum_of_squares(s, IN(counters), IN(x)));
 }
-static void staged_gradient_factor(rt_stream *s, rt_block scalars, rt_block counters, double divisor,
-                                   double clip) {
-    STAGED(gradient_factor(s, IN(scalars), IN(counters), divisor, clip));
+static void staged_decide_step(rt_stream *s, rt_block scalars, rt_block scaler, rt_block counters,
+                               double divisor, double clip, const vit_adamw_options *o) {
+    STAGED(decide_step(s, IN(scalars), IN(scaler), IN(counters), divisor, clip, o));
 }
 static void staged_fill(rt_stream *s, rt_block x, int byte) { STAGED(fill(s, IN(x), byte)); }
 static void staged_cast(rt_stream *s, rt_block to, rt_block from) { STAGED(cast(s, IN(to), IN(from))); }
@@ -196,7 +196,7 @@ static vit_device staged_device(void) {
     d.adamw = staged_adamw;
     d.sgd = staged_sgd;
     d.sum_of_squares = staged_sum_of_squares;
-    d.gradient_factor = staged_gradient_factor;
+    d.decide_step = staged_decide_step;
     d.fill = staged_fill;
     d.cast = staged_cast;
     d.add = staged_add;

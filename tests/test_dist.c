@@ -177,28 +177,28 @@ static void the_loss_scale_follows_deepspeed(void **state) {
     double initial = 0, least = 0, scale = 0;
     int overflow = 0, raises = 0;
     char first[8];
-    dist_scaler s = {0};
+    vit_scaler s = {0};
     while (fscanf(golden, "%7s", first) == 1) {
         lines++;
         if (!strcmp(first, "new")) {
             assert_int_equal(fscanf(golden, "%lf%lf%ld%ld", &initial, &least, &window, &hysteresis), 4);
-            s = (dist_scaler){.scale = initial,
-                              .least = least,
-                              .window = window,
-                              .last_overflow = -1,
-                              .hysteresis = hysteresis,
-                              .left = hysteresis};
+            s = (vit_scaler){.scale = initial,
+                             .least = least,
+                             .window = window,
+                             .last_overflow = -1,
+                             .hysteresis = hysteresis,
+                             .left = hysteresis};
             continue;
         }
         overflow = !strcmp(first, "over");
         assert_int_equal(fscanf(golden, "%lf%d%ld", &scale, &raises, &skipped), 3);
-        assert_int_equal(dist_scaler_update(&s, overflow), raises ? -1 : 0);
+        assert_int_equal(vit_scaler_update(&s, overflow), raises ? -1 : 0);
         assert_true(s.scale == scale);
         if (!raises) assert_int_equal(s.skipped, skipped);
     }
     assert_true(lines > 2800);
     fclose(golden);
-    s = dist_scaler_default();
+    s = vit_scaler_default();
     assert_true(s.scale == 65536 && s.least == 1 && s.window == 1000 && s.hysteresis == 2 && s.left == 2);
 }
 
@@ -353,8 +353,16 @@ static void evaluation_between_steps_changes_nothing(void **state) {
     }
 }
 
-/* As a GPU is driven: the host reads the result of a step when it has launched the next. */
+/* One that halves the scale at every overflow. */
+static vit_scaler scaler_of(double scale) {
+    return (vit_scaler){
+        .scale = scale, .least = 1, .window = 1000, .last_overflow = -1, .hysteresis = 1, .left = 1};
+}
+
+/* As a GPU is driven: the host reads the result of a step when it has launched the next. That its loss scale
+ * is another, and AdamW's count, the device must know by itself. */
 static void results_may_be_read_a_step_late(void **state) {
+    const vit_scaler scaler = scaler_of(1024);
     (void)state;
     for (int n = 1; n <= 2; n++)
         for (size_t k = 0; k < VARIANTS; k += STRIDE)
@@ -365,7 +373,15 @@ static void results_may_be_read_a_step_late(void **state) {
                     t[late]->steps = 5;
                     t[late]->late = late;
                     t[late]->type = fp16 ? RT_FP16 : RT_FP32;
+                    t[late]->scaler = &scaler;
+                    t[late]->poison = fp16 ? 1e6 : 0; /* which is infinite in fp16 */
+                    t[late]->poisoned = 2;
                     trained(t[late]);
+                    const vit_scaler *s = &t[late]->scaled;
+                    if (fp16)
+                        assert_true(s->scale == 512 && s->step == 5 && s->last_overflow == 1 &&
+                                    s->skipped == 1);
+                    assert_int_equal(isnan(t[late]->norms[1]), fp16);
                 }
                 assert_same_bits(t[0], t[1]);
                 training_free(t[0]);
@@ -391,6 +407,44 @@ static void nothing_changes_after_a_step_that_is_not_finite(void **state) {
         training_free(before);
         training_free(t);
     }
+}
+
+static const float *weights_before; /* the overflow that is one too many */
+static _Atomic int looked_at;       /* so many times */
+
+/* The master weights, which the update has changed if it has changed anything. */
+static void assert_weights_as_before(const dist *d) {
+    const float *expected = weights_before;
+    for (size_t u = 0; u < d->model->units; expected += d->model->unit[u++].count)
+        if (memcmp(d->shard[u].master.data, expected, d->model->unit[u].count * sizeof *expected))
+            rt_fail(d->rank, "after %zu steps: found unit %zu changed", d->ended, u);
+    looked_at++;
+}
+
+/* An overflow at the least scale is an error, which the host reads when the next step has already ended: that
+ * one, whose gradient is finite, must have changed nothing. */
+static void an_overflow_at_the_least_scale_ends_training(void **state) {
+    const vit_scaler scaler = scaler_of(1);
+    (void)state;
+    training *before = training_of("ddp", 2, 2, 1, 0), *t = training_of("ddp", 2, 2, 1, 0);
+    before->type = t->type = RT_FP16;
+    before->scaler = t->scaler = &scaler;
+    before->steps = 1;
+    trained(before);
+    weights_before = before->weights;
+    looked_at = 0;
+    t->late = 1;
+    t->poison = 1e6;
+    t->poisoned = 2;
+    t->inspect = assert_weights_as_before;
+    train_world(t, &odd_config);
+    assert_true(t->failed);
+    assert_string_equal(t->error.text,
+                        "fp16: a gradient overflows though the loss scale is 1, expected no less "
+                        "(--precision bf16)");
+    assert_true(looked_at >= 2 + 2 + 1); /* after step 3 perhaps only the rank that was the first to read */
+    training_free(before);
+    training_free(t);
 }
 
 /* A loss that is not finite: reported by step's result, nothing updated, and the unit is found. */
@@ -662,6 +716,7 @@ int main(void) {
         cmocka_unit_test(evaluation_between_steps_changes_nothing),
         cmocka_unit_test(results_may_be_read_a_step_late),
         cmocka_unit_test(nothing_changes_after_a_step_that_is_not_finite),
+        cmocka_unit_test(an_overflow_at_the_least_scale_ends_training),
         cmocka_unit_test(not_finite_is_noticed),
         cmocka_unit_test(collectives_are_sums_in_rank_order),
         cmocka_unit_test(ranks_may_run_ahead),

@@ -54,13 +54,14 @@ static size_t activation_bytes(const vit_model *m, size_t B, size_t N) {
 }
 
 /* Scratch of the neediest unit, a block (norm, hidden, three of the stream, the widest gradient) or the
- * embedding (patches, their projection), and six doubles of a step: rate, two corrections, loss scale, factor,
- * norm. Of each of two steps that are over: these, the loss, bad losses and the stop flag. */
+ * embedding (patches, their projection), nine doubles of a step (rate, number, two loss scales, two
+ * corrections, factor, norm, whether it has halted) and eight of the loss scaler. Of each of two steps that
+ * are over: the nine, the loss, bad losses and the stop flag. */
 static size_t workspace_bytes(const vit_model *m, size_t B) {
     size_t rows = B * m->T, D = m->D, wide = m->F > 3 * D ? m->F : 3 * D;
     size_t block = 4 * part(rows * D) + part(rows * m->F) + part(rows * wide);
     size_t embedding = part(B * m->N * m->C * m->P * m->P) + part(B * m->N * D);
-    return (block > embedding ? block : embedding) + 6 * 8 + 2 * (6 + 3) * 8;
+    return (block > embedding ? block : embedding) + (9 + 8) * 8 + 2 * (9 + 3) * 8;
 }
 
 /* ---------------------------------------------------------------------------------------------- the table */

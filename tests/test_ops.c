@@ -1351,12 +1351,25 @@ typedef struct {
     double norm, factor;
 } norm_result;
 
+static rt_block scalars_of(double *scalars) {
+    return (rt_block){.data = scalars, .type = RT_FP64, .count = VIT_SCALARS};
+}
+
+static rt_block scaler_of(vit_scaler *scaler) {
+    return (rt_block){.data = scaler, .type = RT_U8, .count = sizeof *scaler};
+}
+
 static norm_result norm_of(const bench *b, rt_block counters, double divisor, double scale, double clip) {
-    double scalars[VIT_SCALARS] = {1, 2, 3, scale, 4, 5};
-    rt_block block = {.data = scalars, .type = RT_FP64, .count = VIT_SCALARS};
-    b->device->gradient_factor(stream_of(b), block, counters, divisor, clip);
-    assert_true(scalars[0] == 1 && scalars[1] == 2 && scalars[2] == 3 &&
-                scalars[3] == scale); /* the host's part is not touched */
+    double scalars[VIT_SCALARS] = {[VIT_LEARNING_RATE] = 5, [VIT_STEP] = 3, [VIT_LOSS_SCALE] = scale};
+    vit_scaler scaler = {.scale = 7}; /* that later steps have, for good */
+    vit_adamw_options o = {.beta1 = 0.5, .beta2 = 0.25};
+    b->device->decide_step(stream_of(b), scalars_of(scalars), scaler_of(&scaler), counters, divisor, clip,
+                           &o);
+    assert_true(scalars[VIT_LEARNING_RATE] == 5 && scalars[VIT_STEP] == 3); /* the host's part */
+    assert_true(scalars[VIT_USED_SCALE] == scale && scalars[VIT_LOSS_SCALE] == 7);
+    assert_true(scalars[VIT_BIAS_CORRECTION1] == 0.875);    /* 1 - 0.5^3 */
+    assert_true(scalars[VIT_BIAS_CORRECTION2] == 0.984375); /* 1 - 0.25^3 */
+    assert_true(scalars[VIT_HALTED] == 0 && scaler.scale == 7 && scaler.skipped == 0);
     return (norm_result){scalars[VIT_GRADIENT_NORM], scalars[VIT_GRADIENT_FACTOR]};
 }
 
@@ -1473,6 +1486,65 @@ static void gradient_factor_averages_and_clips(void **state) {
         fill(x, 0);
         assert_true(norm_of_values(b, x, 4, 1, 1).factor == 0.25); /* no gradient: nothing to clip */
         release(RT_BLOCKS(x));
+    }
+}
+
+/* Every device decides by itself what DeepSpeed's rules say (tests/loss_scale.py): the next scale, whether a
+ * step is made, the number of updates that AdamW corrects for; and once they raise, no step is made. */
+static void decide_step_follows_deepspeed(void **state) {
+    enum { MOST_STEPS = 100 }; /* of a scaler: those of a long window are all alike */
+    FOR_EACH_DEVICE(b, state) {
+        FILE *golden = fopen("tests/golden/loss_scale.txt", "r");
+        rt_block counters = counters_new(), x = block_new(b->type, 16);
+        int64_t *counter = counters.data;
+        double scalars[VIT_SCALARS] = {0}, initial = 0, least = 0, scale = 0;
+        long window = 0, hysteresis = 0, skipped = 0, step = 0, halts = 0;
+        vit_scaler scaler = {0};
+        char first[8];
+        assert_non_null(golden);
+        fill(x, 0.25); /* the norm is 1 */
+        b->device->sum_of_squares(stream_of(b), counters, x);
+        while (fscanf(golden, "%7s", first) == 1) {
+            if (!strcmp(first, "new")) {
+                assert_int_equal(fscanf(golden, "%lf%lf%ld%ld", &initial, &least, &window, &hysteresis), 4);
+                scaler = (vit_scaler){.scale = initial,
+                                      .least = least,
+                                      .window = window,
+                                      .last_overflow = -1,
+                                      .hysteresis = hysteresis,
+                                      .left = hysteresis};
+                memset(scalars, 0, sizeof scalars);
+                scalars[VIT_LOSS_SCALE] = initial;
+                step = skipped = 0;
+                continue;
+            }
+            int overflow = !strcmp(first, "over"), raises = 0;
+            double used = scalars[VIT_LOSS_SCALE], t = (double)(++step - skipped);
+            assert_int_equal(fscanf(golden, "%lf%d%ld", &scale, &raises, &skipped), 3);
+            if (step > MOST_STEPS) continue;
+            scalars[VIT_STEP] = (double)step;
+            counter[VIT_NORM_NOT_FINITE] = overflow;
+            b->device->decide_step(stream_of(b), scalars_of(scalars), scaler_of(&scaler), counters, 2, 0,
+                                   &adamw_options);
+            assert_true(scalars[VIT_USED_SCALE] == used && scalars[VIT_LOSS_SCALE] == scale);
+            assert_true(scalars[VIT_GRADIENT_FACTOR] == (overflow ? 0 : 1 / (2 * used)));
+            assert_true(overflow ? isnan(scalars[VIT_GRADIENT_NORM])
+                                 : scalars[VIT_GRADIENT_NORM] == 1 / (2 * used));
+            for (int i = 0; i < 2; i++) {
+                double beta = i ? adamw_options.beta2 : adamw_options.beta1, expected = -expm1(t * log(beta));
+                assert_true(fabs(scalars[VIT_BIAS_CORRECTION1 + i] - expected) <= 1e-12 * expected);
+            }
+            assert_true(scalars[VIT_HALTED] == raises);
+            if (!raises) continue;
+            halts++;
+            counter[VIT_NORM_NOT_FINITE] = 0;
+            b->device->decide_step(stream_of(b), scalars_of(scalars), scaler_of(&scaler), counters, 2, 0,
+                                   &adamw_options);
+            assert_true(scalars[VIT_GRADIENT_FACTOR] == 0 && scalars[VIT_HALTED] == 1);
+        }
+        assert_true(halts > 0);
+        fclose(golden);
+        release(RT_BLOCKS(counters, x));
     }
 }
 
@@ -1668,6 +1740,7 @@ int main(void) {
         cmocka_unit_test(gradient_norm_is_the_square_root_of_the_sum),
         cmocka_unit_test(gradient_norm_has_the_range_of_the_numbers),
         cmocka_unit_test(gradient_factor_averages_and_clips),
+        cmocka_unit_test(decide_step_follows_deepspeed),
         cmocka_unit_test(sum_buffers_adds_in_rank_order),
         cmocka_unit_test(sum_buffers_writes_into_one_of_its_sources),
         cmocka_unit_test(sum_buffers_adds_integers),

@@ -46,10 +46,12 @@ typedef struct {
     int late;                       /* the result of a step is read when the next has ended */
     double poison;                  /* added to a pixel of rank 1's data ... */
     size_t poisoned;                /* ... at this step; 0: the last */
+    const vit_scaler *scaler;       /* fp16: to begin with; NULL: the default */
     void (*inspect)(const dist *d); /* called by every rank after every step; it fails by rt_fail */
     /* what came of it */
     double *losses, *norms; /* [steps] of rank 0; the other ranks' are compared with them */
     float *weights;         /* all units, from the ranks that save them */
+    vit_scaler scaled;      /* of rank 0, at the end */
     size_t count;
     int failed;
     error_text error;
@@ -142,6 +144,7 @@ static int train_rank(rt_rank *rank, void *argument) {
         if (!rt_failed(rank)) rt_fail(rank, "%s", e.text);
     } else {
         t->formula[r] = dist_formula_of(&d);
+        if (t->scaler) d.scaler = *t->scaler;
         for (size_t u = 0; u < m->units; u++) {
             float *values = calloc(m->unit[u].count, sizeof *values);
             vit_unit_initialise(&m->unit[u], 5, values);
@@ -180,6 +183,7 @@ static int train_rank(rt_rank *rank, void *argument) {
         for (size_t u = 0; u < m->units && d.saves && t->weights; offset += m->unit[u++].count)
             dist_export(&d, u, t->weights + offset);
     }
+    if (r == 0) t->scaled = d.scaler;
     memcpy(t->traffic[r], comm.traffic, sizeof comm.traffic);
     t->waits[r] = comm.waits;
     t->ledger[r] = rank->ledger;
