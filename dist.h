@@ -107,9 +107,9 @@ void dist_group_begin(dist_comm *comm);
 void dist_group_end(dist_comm *comm);
 
 /* A transport carries out what is posted. `post` gets n calls of one launch; it returns at once or when it
- * must. `open` and `close` may be NULL: they make what a communicator needs, once the device is open. `replayed`
- * is told that a recorded part of a step has been launched again, with its collectives; NULL: these cannot be
- * recorded. */
+ * must. `open` and `close` may be NULL: they make what a communicator needs, once the device is open.
+ * `replayed` is told that a recorded part of a step has been launched again, with its collectives; NULL:
+ * these cannot be recorded. */
 typedef struct dist_transport {
     const char *name; /* "local", "tcp" */
     void (*post)(dist_comm *comm, const dist_call *calls, size_t n);

@@ -107,7 +107,8 @@ static ncclResult_t launch(const dist_nccl *n, const dist_call *c, cudaStream_t 
     }
 }
 
-/* What has been launched now is what the watcher waits for; not what is being recorded, which does not run. */
+/* What has been launched now is what the watcher waits for; not what is being recorded, which does not
+ * run. */
 static void mark(dist_nccl *n, cudaStream_t s) {
     enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     cudaStreamIsCapturing(s, &status);

@@ -7,7 +7,7 @@
  *     rt_world_init(&world, 1, RT_CHECK | RT_ELSEWHERE), world.ranks[0].rank = rank;
  *     dist_hub *hub = p->start(p, &world, &vit_cpu, &e);              // then as with dist_hub_create
  *     rt_run(&world, body, argument);
- *     if (p->stop(p)) ...                                             // this process says why the world failed
+ *     if (p->stop(p)) ...                                           // this process says why the world failed
  *     p->close(p);
  *
  * Over TCP and MPI every sum is taken in rank order, so all numbers are those of the local transport. */

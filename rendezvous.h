@@ -1,6 +1,6 @@
 /* rendezvous.h - how the processes of one run meet, agree, and tell each other of a failure.
  *
- *     rendezvous *z = rendezvous_open("10.0.0.1", 29501, rank, size, 600, &e);   // all meet at rank 0's address
+ *     rendezvous *z = rendezvous_open("10.0.0.1", 29501, rank, size, 60, &e); // all meet at rank 0's address
  *     if (rendezvous_agree(z, failed, &e, shared, sizeof shared)) ...            // does anyone fail?
  *     rendezvous_connect(z, fd, &e);                                             // a socket to every other
  *     rendezvous_close(z);

@@ -1,6 +1,6 @@
 /* spawn.h - starts the ranks of this machine as processes: this program again, each as one rank.
  *
- *     int status = spawn_ranks(argv, 4, &e);       // when all have ended; e.text "": what there is to say is said
+ *     int status = spawn_ranks(argv, 4, &e);   // when all have ended; e.text "": all there is to say is said
  *
  * A rank finds its place in the environment as under torchrun (launch.h): RANK, LOCAL_RANK, WORLD_SIZE,
  * MASTER_ADDR, MASTER_PORT. The ranks end together: SIGINT and SIGTERM are passed on to all, each time

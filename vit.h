@@ -277,10 +277,10 @@ BASE_INLINE int vit_scaler_update(vit_scaler *s, int overflow) {
     return 0;
 }
 
-/* All that follows from the sum of squares of a step's gradient, which is the sum of n = divisor * loss scale
- * gradients: norm = sqrt(sum) / n, factor = min(1, clip / (norm + 1e-6)) / n (clip 0: off; 0 if the sum is not
- * finite), AdamW's corrections, which count updates, and the next step's loss scale. s [VIT_SCALARS]. Shared
- * by all devices. */
+/* All that follows from the sum of squares of a step's gradient, which is the sum of n = divisor * loss
+ * scale gradients: norm = sqrt(sum) / n, factor = min(1, clip / (norm + 1e-6)) / n (clip 0: off; 0 if the
+ * sum is not finite), AdamW's corrections, which count updates, and the next step's loss scale. s
+ * [VIT_SCALARS]. Shared by all devices. */
 BASE_INLINE void vit_step_rule(double *s, vit_scaler *scaler, double sum_of_squares, int finite,
                                double divisor, double clip, const vit_adamw_options *o) {
     double n = divisor * s[VIT_LOSS_SCALE], t = s[VIT_STEP] - (double)scaler->skipped;

@@ -1279,7 +1279,8 @@ static void cpu_close(rt_rank *rank) {
 
 /* clang-format off */
 const vit_device vit_cpu = {
-    .name = "cpu", .types = 1u << RT_FP32 | 1u << RT_BF16 | 1u << RT_FP16, .open = cpu_open, .close = cpu_close,
+    .name = "cpu", .types = 1u << RT_FP32 | 1u << RT_BF16 | 1u << RT_FP16,
+    .open = cpu_open, .close = cpu_close,
     .copy_in = copy_in, .copy_out = copy_out,
     .linear_forward = linear_forward,               .linear_backward = linear_backward,
     .layernorm_forward = layernorm_forward,         .layernorm_backward = layernorm_backward,

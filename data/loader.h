@@ -1,8 +1,8 @@
 /* loader.h - batches of samples, drawn ahead by worker threads into a bounded queue.
  *
  *     loader l;
- *     loader_job job = {.draw = draw, .context = &data, .last = 100, .batch_size = 8, .pixels = 3 * 224 * 224,
- *                       .workers = 2};
+ *     loader_job job = {.draw = draw, .context = &data, .last = 100, .batch_size = 8, .workers = 2,
+ *                       .pixels = 3 * 224 * 224};
  *     if (loader_open(&l, &job, &e)) ...
  *     for (size_t k = 0; k < 100; k++) {
  *         const loader_batch *b = loader_next(&l, &e);        // NULL: a sample failed; e names it

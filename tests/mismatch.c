@@ -3,7 +3,8 @@
  *     mismatch 0 | wrong_operation | wrong_count | ...        0: nobody errs
  *
  * Ends as the program does: a failure is one line "train: error: ..." and a table on stderr, and exit
- * status 1. Says on stdout how long the run took, from its start, which is before the fault, to the report. */
+ * status 1. Says on stdout how long the run took, from its start, which is before the fault, to the
+ * report. */
 #include <stdlib.h>
 #include <string.h>
 

@@ -94,7 +94,8 @@ static void recording_forget(rt_rank *rank, void *graph) {
     X(size_t, B) X(size_t, T) X(size_t, Q) X(size_t, H) X(size_t, head_dim)
 #define ATTENTION_BACKWARD(X) X(rt_block, dqkv) X(rt_block, dout) X(rt_block, qkv) X(rt_block, out) \
     X(rt_block, saved) X(size_t, B) X(size_t, T) X(size_t, Q) X(size_t, H) X(size_t, head_dim)
-#define RESIDUAL_FORWARD(X) X(rt_block, out) X(rt_block, x) X(rt_block, branch) X(rt_block, keys) X(size_t, B) \
+#define RESIDUAL_FORWARD(X) X(rt_block, out) X(rt_block, x) X(rt_block, branch) X(rt_block, keys) \
+    X(size_t, B) \
     X(size_t, count) X(size_t, x_stride) X(double, rate) X(uint64_t, salt)
 #define RESIDUAL_BACKWARD(X) X(rt_block, dbranch) X(rt_block, dout) X(rt_block, keys) X(size_t, B) \
     X(size_t, count) X(double, rate) X(uint64_t, salt)

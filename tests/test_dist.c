@@ -82,8 +82,8 @@ static const rt_type precisions[][2] = {
     {RT_BF16, RT_BF16}, {RT_BF16, RT_FP32}, {RT_FP16, RT_FP16}, {RT_FP16, RT_FP32}, {RT_FP32, RT_BF16}};
 enum { PRECISIONS = sizeof precisions / sizeof *precisions };
 
-/* All strategies give the same bits in lower precision too, and they are near those of fp32, of which a bf16 has 8.
- * In fp16 the first steps may overflow: they are skipped, by all in the same way. */
+/* All strategies give the same bits in lower precision too, and they are near those of fp32, of which a
+ * bf16 has 8. In fp16 the first steps may overflow: they are skipped, by all in the same way. */
 static void strategies_agree_in_lower_precision(void **state) {
     (void)state;
     for (size_t p = 0; p < PRECISIONS; p++)
@@ -118,8 +118,8 @@ static void strategies_agree_in_lower_precision(void **state) {
                 }
 }
 
-/* Bytes of a precision: parameters of the model's type; gradients of that of the reduction; optimizer state and
- * master in fp32. */
+/* Bytes of a precision: parameters of the model's type; gradients of that of the reduction; optimizer
+ * state and master in fp32. */
 static void lower_precision_takes_the_bytes_that_it_should(void **state) {
     (void)state;
     for (size_t p = 0; p < PRECISIONS; p++)

@@ -40,7 +40,8 @@ static int remove_directory(void **state) {
     return failed;
 }
 
-/* Makes an empty file, and the folders on the way to it; of a path that ends with a slash the folders alone. */
+/* Makes an empty file, and the folders on the way to it; of a path that ends with a slash the folders
+ * alone. */
 static void make_entry(const char *root, const char *path) {
     char whole[512];
     snprintf(whole, sizeof whole, "%s/%s", root, path);

@@ -1,5 +1,5 @@
-/* test_loader.c - the queue of batches: what comes out, how far ahead it is drawn, and what happens to errors.
- * Samples are formulas of their place, some of them slow, so that workers overtake each other. */
+/* test_loader.c - the queue of batches: what comes out, how far ahead it is drawn, and what happens to
+ * errors. Samples are formulas of their place, some of them slow, so that workers overtake each other. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

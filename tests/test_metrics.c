@@ -218,7 +218,8 @@ static void lines_are_appended_at_once(void **state) {
     unlink(path);
 }
 
-/* A resumed run goes on behind the lines that its checkpoint knows of, and the line of the checkpoint itself. */
+/* A resumed run goes on behind the lines that its checkpoint knows of, and the line of the checkpoint
+ * itself. */
 static void what_a_checkpoint_does_not_know_is_cut(void **state) {
     static const char before[] = "{\"step\":1}\n{\"step\":2}\n",
                       own[] = "{\"event\":\"checkpoint\",\"step\":2,\"x\":1}\n",
@@ -256,7 +257,8 @@ static void what_a_checkpoint_does_not_know_is_cut(void **state) {
     }
 }
 
-/* A line for which there is no room leaves the file as it was, and later lines go on behind the last whole one. */
+/* A line for which there is no room leaves the file as it was, and later lines go on behind the last whole
+ * one. */
 static void a_line_that_does_not_fit_is_cut_off(void **state) {
     char path[] = "/tmp/test_metrics_XXXXXX", *text;
     const char *expected = "{\"event\":\"a\"}\n{\"event\":\"c\"}\n";

@@ -334,8 +334,8 @@ static void residual_case(run *r) {
     r->device->residual_backward(r->s, branch.gradient, out.gradient, keys, B, count, r->c->rate, 7);
 }
 
-/* B, Q, dim, rows between those of two images of x: out = x + k branch, y = LayerNorm of out; both are outputs,
- * as in a block. The sum goes where the branch was. */
+/* B, Q, dim, rows between those of two images of x: out = x + k branch, y = LayerNorm of out; both are
+ * outputs, as in a block. The sum goes where the branch was. */
 static void residual_layernorm_case(run *r) {
     size_t B = r->c->n[0], Q = r->c->n[1], dim = r->c->n[2], count = Q * dim,
            stride = count + r->c->n[3] * dim;
@@ -964,8 +964,8 @@ static void other_operations_agree_with_the_naive_device(void **state) {
     assert_equal_devices(&result);
 }
 
-/* vit_cpu and vit_cuda in 16 bits against double, on inputs that 16 bits can hold; and on 3 threads: the same bits. Of a bf16 a
- * rounding alone is an NMSE of about 1e-6, of an fp16 64 times less. */
+/* vit_cpu and vit_cuda in 16 bits against double, on inputs that 16 bits can hold; and on 3 threads: the
+ * same bits. Of a bf16 a rounding alone is an NMSE of about 1e-6, of an fp16 64 times less. */
 static void compare_16_bits(const bench *benches, const op_case *c, comparison *result) {
     static const struct {
         rt_type type;
@@ -1242,7 +1242,8 @@ static void update(const bench *b, const flat *f, int adamw, size_t begin, size_
         b->device->sgd(stream_of(b), param, none, state0, grad, f->scalars, decays, 0.5, &sgd_options);
 }
 
-/* With 16-bit parameters the master goes the way that fp32 parameters go, and the parameters are it, rounded. */
+/* With 16-bit parameters the master goes the way that fp32 parameters go, and the parameters are it,
+ * rounded. */
 static void optimizers_update_the_master(void **state) {
     enum { N = 16 * 300 + 5 };
     const bench *b = (bench *)*state + OWN_2;
@@ -1459,7 +1460,8 @@ static void gradient_norm_has_the_range_of_the_numbers(void **state) {
     }
 }
 
-/* 16 numbers 3 have the norm 12; as the sum of 4 gradients, or of 4 times the loss, their average has the norm
+/* 16 numbers 3 have the norm 12; as the sum of 4 gradients, or of 4 times the loss, their average has the
+ * norm
  * 3. */
 static void gradient_factor_averages_and_clips(void **state) {
     static const struct {

@@ -828,9 +828,10 @@ static uint16_t narrowed(double x, rt_type type) {
     return to;
 }
 
-/* Every pattern of both types is the number that IEEE 754 says, in IEEE's words: (-1)^s 2^(e - bias) (1 + m / 2^bits),
- * or 2^(1 - bias) m / 2^bits where e is 0. It is rounded to itself; between it and its neighbour the nearer one
- * wins, and halfway the even one; from halfway beyond the largest number on it is infinity. */
+/* Every pattern of both types is the number that IEEE 754 says, in IEEE's words: (-1)^s 2^(e - bias) (1 +
+ * m / 2^bits), or 2^(1 - bias) m / 2^bits where e is 0. It is rounded to itself; between it and its
+ * neighbour the nearer one wins, and halfway the even one; from halfway beyond the largest number on it is
+ * infinity. */
 static void sixteen_bit_numbers_follow_ieee_754(void **state) {
     static const struct {
         rt_type type;

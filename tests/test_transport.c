@@ -208,7 +208,8 @@ static void every_collective(dist_comm *c, size_t k, rt_type type) {
     for (int i = 0; i < BLOCKS; i++) rt_free(c->rank, RT_COMMUNICATION_BUFFERS, &b[i]);
 }
 
-/* All-reduces of one number, far more than the queue holds, posted without a wait: a stream keeps its order. */
+/* All-reduces of one number, far more than the queue holds, posted without a wait: a stream keeps its
+ * order. */
 static void in_turn(dist_comm *c) {
     enum { TIMES = 40 };
     rt_block x = rt_alloc(c->rank, RT_COMMUNICATION_BUFFERS, RT_I64, 1, 1);

@@ -2,9 +2,10 @@
  *
  *     cc -DDIST_TEST_SKIP_WAIT ... tests/test_waits.c vit_cpu.c -lcmocka -lm -lpthread
  *
- * A training runs once to count the waits of a rank, then once for each of them, in which the rank leaves out
- * this one. (A wait that earlier waits of the same stream imply is none.) The run must stop as a race. If it does not, the wait orders nothing and is needless, or the
- * checker is blind. The numbers would not tell: on a CPU an operation has run when its call returns. */
+ * A training runs once to count the waits of a rank, then once for each of them, in which the rank leaves
+ * out this one. (A wait that earlier waits of the same stream imply is none.) The run must stop as a race.
+ * If it does not, the wait orders nothing and is needless, or the checker is blind. The numbers would not
+ * tell: on a CPU an operation has run when its call returns. */
 #include "tests/world.h"
 
 #ifdef __SANITIZE_ADDRESS__ /* ten times as slow: the same code on fewer ranks */
