@@ -21,7 +21,7 @@ FUZZERS := options safetensors idx cifar image
 
 .DEFAULT_GOAL := train
 .SECONDARY:
-.PHONY: demo test test-built test-gpu test-sanitize fuzz bench bench-pytorch bench-gpu validate docs format
+.PHONY: demo test test-built test-gpu test-sanitize sanitize-built fuzz bench bench-pytorch bench-gpu validate docs format
 .PHONY: install clean cuda-archs
 
 # What this machine has: OPENMP, BLAS_CFLAGS, BLAS_LIBS, JPEG_CFLAGS, JPEG_LIBS, MPI_CFLAGS, MPI_LIBS, NVCC,
@@ -83,6 +83,15 @@ $(ON_CPU)/vit_cuda.o: $(ON_CPU)/vit_cuda.cpp tests/cuda_on_cpu.h vit.h runtime.h
 	$(CXX) $(ON_CPU_FLAGS) -w -fno-strict-aliasing -include tests/cuda_on_cpu.h -c $< -o $@
 $(ON_CPU)/cuda_on_cpu.o: tests/cuda_on_cpu.cpp tests/cuda_on_cpu.h build/config.mk | $(ON_CPU)/
 	$(CXX) $(ON_CPU_FLAGS) $(WARNINGS) -c $< -o $@
+# The same under AddressSanitizer and UBSan, for kernels that read or write beyond a block of the device.
+ON_CPU_ASAN := $(ON_CPU)/asan_test_ops $(ON_CPU)/asan_test_cuda
+$(ON_CPU)/asan_%.o: ON_CPU_FLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+$(ON_CPU)/asan_vit_cuda.o: $(ON_CPU)/vit_cuda.cpp tests/cuda_on_cpu.h vit.h runtime.h base.h build/config.mk
+	$(CXX) $(ON_CPU_FLAGS) -w -fno-strict-aliasing -include tests/cuda_on_cpu.h -c $< -o $@
+$(ON_CPU)/asan_cuda_on_cpu.o: tests/cuda_on_cpu.cpp tests/cuda_on_cpu.h build/config.mk | $(ON_CPU)/
+	$(CXX) $(ON_CPU_FLAGS) $(WARNINGS) -c $< -o $@
+$(ON_CPU_ASAN): $(ON_CPU)/asan_%: tests/%.c $(ON_CPU)/asan_vit_cuda.o $(ON_CPU)/asan_cuda_on_cpu.o build/asan/vit_cpu.o $(HEADERS)
+	$(CC) $(CFLAGS) $(asan_CFLAGS) $(CUDA_CFLAGS) $(filter %.c %.o,$^) -o $@ -lcmocka $(asan_LIBS) -lstdc++
 $(ON_CPU)/train: train.c $(if $(NCCL_LIBS),tests/fake_nccl.c build/plain/dist_nccl.o) $(ON_CPU_OBJECTS) $(PROCESS:%=build/plain/%.o) $(HEADERS)
 	$(CC) $(CFLAGS) $(plain_CFLAGS) $(CUDA_CFLAGS) $(MPI_CFLAGS) $(NCCL_CFLAGS) $(filter %.c %.o,$^) -o $@ \
 	    $(plain_LIBS) -lstdc++
@@ -159,8 +168,9 @@ test-gpu: train $(if $(NVCC),$(GPU_TESTS))
 LONG := $(TESTS:%=build/asan/test_%) $(TESTS:%=build/tsan/test_%)
 test-sanitize:
 	@scripts/install.sh test
-	@$(MAKE) --no-print-directory $(LONG)
-	@tests/run.sh $(LONG)
+	@$(MAKE) --no-print-directory sanitize-built
+sanitize-built: $(LONG) $(if $(NVCC),$(ON_CPU_ASAN))
+	@tests/run.sh $^
 
 build/fuzz/%: tests/fuzz_%.c $(HEADERS) | build/fuzz/
 	clang -g -O1 -std=gnu11 $(WARNINGS) -I. $(JPEG_CFLAGS) -fsanitize=fuzzer,address,undefined $< -o $@ \

@@ -9,6 +9,7 @@
  * by which tests see whether they would tell. */
 #include "cuda_on_cpu.h"
 
+#include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -44,7 +45,7 @@ struct barrier {
 
 struct warp {
     barrier meeting;
-    char slot[2][WARP * 32];
+    alignas(32) char slot[2][WARP * 32];
 };
 
 struct worker : cuda_thread { /* a thread of the block */
@@ -490,13 +491,15 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { return delete exec, cud
 cudaError_t cudaMalloc(void **memory, size_t bytes) {
     lock_guard lock(the.lock);
     if (mine.captures) return result(cudaErrorStreamCaptureUnsupported);
+    if (bytes > TOTAL_MEMORY) return result(cudaErrorMemoryAllocation);
     if (!the.memory) {
         the.memory = (char *)mmap(NULL, TOTAL_MEMORY, the.guard ? PROT_NONE : PROT_READ | PROT_WRITE,
                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (the.memory == MAP_FAILED) cuda_wrong("mmap fails");
     }
     char *at = the.memory; /* the first gap that is large enough */
-    bytes = (bytes + 511) / 512 * 512;
+    const size_t wanted = bytes;
+    bytes = (bytes + 511) / 512 * 512 + 512; /* a gap behind it, which AddressSanitizer guards */
     for (auto &[begin, size] : the.pieces) {
         if (begin - at >= (ptrdiff_t)bytes) break;
         at = begin + size;
@@ -504,7 +507,9 @@ cudaError_t cudaMalloc(void **memory, size_t bytes) {
     if (bytes > (size_t)(the.memory + TOTAL_MEMORY - at)) return result(cudaErrorMemoryAllocation);
     the.end = std::max(the.end, (size_t)(at - the.memory) + (bytes + PAGE - 1) / PAGE * PAGE);
     open_memory();
-    memset(at, 0xFF, std::min(bytes, (size_t)1 << 20)); /* NaN, as far as it costs little */
+    ASAN_UNPOISON_MEMORY_REGION(at, wanted);
+    ASAN_POISON_MEMORY_REGION(at + wanted, bytes - wanted);
+    memset(at, 0xFF, std::min(wanted, (size_t)1 << 20)); /* NaN, as far as it costs little */
     close_memory();
     the.pieces[at] = bytes;
     the.used += bytes;
@@ -516,6 +521,7 @@ cudaError_t cudaFree(void *memory) {
     if (!memory) return cudaSuccess;
     const auto piece = the.pieces.find((char *)memory);
     if (piece == the.pieces.end()) return result(cudaErrorInvalidValue);
+    ASAN_POISON_MEMORY_REGION(memory, piece->second);
     the.used -= piece->second;
     the.pieces.erase(piece);
     return cudaSuccess;
