@@ -1895,8 +1895,8 @@ __global__ void decide_step_kernel(double *scalars, vit_scaler *scaler, const in
 
 static void decide_step(rt_stream *s, rt_block scalars, rt_block scaler, rt_block counters, double divisor,
                         double clip, const vit_adamw_options *o) {
-    LAUNCH(decide_step_kernel, 1, VIT_NORM_EXPONENTS, 0, s, (double *)scalars.data,
-           (vit_scaler *)scaler.data, (const int64_t *)counters.data, divisor, clip, *o);
+    LAUNCH(decide_step_kernel, 1, VIT_NORM_EXPONENTS, 0, s, (double *)scalars.data, (vit_scaler *)scaler.data,
+           (const int64_t *)counters.data, divisor, clip, *o);
 }
 
 /* -------------------------------------------------------------------------------------- vector arithmetic */
