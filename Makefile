@@ -79,17 +79,13 @@ ON_CPU_OBJECTS := $(ON_CPU)/vit_cuda.o $(ON_CPU)/cuda_on_cpu.o build/plain/vit_c
 $(ON_CPU)/vit_cuda.cpp: vit_cuda.cu | $(ON_CPU)/
 	sed -e '/^.\* -* tensor cores \*.$$/,/^.\* -* attention, fused \*.$$/d' -e 's/extern __shared__/extern/' \
 	    -e 's/kernel_<<<\(.*\)>>>(__VA_ARGS__)/cuda_launch(kernel_, \1, __VA_ARGS__)/' $< >$@
-$(ON_CPU)/vit_cuda.o: $(ON_CPU)/vit_cuda.cpp tests/cuda_on_cpu.h vit.h runtime.h base.h build/config.mk
-	$(CXX) $(ON_CPU_FLAGS) -w -fno-strict-aliasing -include tests/cuda_on_cpu.h -c $< -o $@
-$(ON_CPU)/cuda_on_cpu.o: tests/cuda_on_cpu.cpp tests/cuda_on_cpu.h build/config.mk | $(ON_CPU)/
-	$(CXX) $(ON_CPU_FLAGS) $(WARNINGS) -c $< -o $@
-# The same under AddressSanitizer and UBSan, for kernels that read or write beyond a block of the device.
-ON_CPU_ASAN := $(ON_CPU)/asan_test_ops $(ON_CPU)/asan_test_cuda
+# asan_: under AddressSanitizer and UBSan, for kernels that read or write beyond a block of the device.
 $(ON_CPU)/asan_%.o: ON_CPU_FLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-$(ON_CPU)/asan_vit_cuda.o: $(ON_CPU)/vit_cuda.cpp tests/cuda_on_cpu.h vit.h runtime.h base.h build/config.mk
+$(ON_CPU)/vit_cuda.o $(ON_CPU)/asan_vit_cuda.o: $(ON_CPU)/vit_cuda.cpp tests/cuda_on_cpu.h vit.h runtime.h base.h build/config.mk
 	$(CXX) $(ON_CPU_FLAGS) -w -fno-strict-aliasing -include tests/cuda_on_cpu.h -c $< -o $@
-$(ON_CPU)/asan_cuda_on_cpu.o: tests/cuda_on_cpu.cpp tests/cuda_on_cpu.h build/config.mk | $(ON_CPU)/
+$(ON_CPU)/cuda_on_cpu.o $(ON_CPU)/asan_cuda_on_cpu.o: tests/cuda_on_cpu.cpp tests/cuda_on_cpu.h build/config.mk | $(ON_CPU)/
 	$(CXX) $(ON_CPU_FLAGS) $(WARNINGS) -c $< -o $@
+ON_CPU_ASAN := $(ON_CPU)/asan_test_ops $(ON_CPU)/asan_test_cuda
 $(ON_CPU_ASAN): $(ON_CPU)/asan_%: tests/%.c $(ON_CPU)/asan_vit_cuda.o $(ON_CPU)/asan_cuda_on_cpu.o build/asan/vit_cpu.o $(HEADERS)
 	$(CC) $(CFLAGS) $(asan_CFLAGS) $(CUDA_CFLAGS) $(filter %.c %.o,$^) -o $@ -lcmocka $(asan_LIBS) -lstdc++
 $(ON_CPU)/train: train.c $(if $(NCCL_LIBS),tests/fake_nccl.c build/plain/dist_nccl.o) $(ON_CPU_OBJECTS) $(PROCESS:%=build/plain/%.o) $(HEADERS)

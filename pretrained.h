@@ -404,8 +404,8 @@ static inline int source__config_of_shapes(const model_source *s, vit_config *c,
 
 /* What the forms of vit_gelu are called by timm (act_layer) and by Hugging Face (hidden_act); the names that
  * follow mean the last form, too. */
-static const char *const timm_gelu[] = {"gelu", "gelu_tanh"}, *const hugging_face_gelu[] = {
-                                                                  "gelu", "gelu_pytorch_tanh", "gelu_new"};
+static const char *const timm_gelu[] = {"gelu", "gelu_tanh"};
+static const char *const hugging_face_gelu[] = {"gelu", "gelu_pytorch_tanh", "gelu_new"};
 
 /* timm's model_args. What the model cannot do is refused, not passed over. */
 static inline int source__model_args(const model_source *s, const cJSON *args, vit_config *c, error_text *e) {

@@ -610,11 +610,11 @@ const char *cudaGetErrorString(cudaError_t error) {
     return snprintf(text, sizeof text, "cudaError_t %d", (int)error), text;
 }
 
+}  // extern "C"
+
 /* --------------------------------------------------------------------------------------------- cuBLASLt */
 
 /* Matrices lie column by column: op(A) [m, k], op(B) [k, n], C and D [m, n]. */
-}  // extern "C"
-
 namespace {
 struct layout {
     cudaDataType type;

@@ -1,9 +1,9 @@
 /* cuda_on_cpu.h - the language of CUDA for a C++ compiler, so that vit_cuda.cu runs where there is no GPU:
  * the threads of a block are fibers of one thread, which meet at barriers and in the exchanges of a warp.
- * The runtime and cuBLASLt are tests/cuda_on_cpu.cpp. Three things the Makefile changes in the
- * source: a launch becomes a call of cuda_launch; `extern __shared__` loses the second word; the section on
- * tensor cores, which is PTX, is left out for the functions below, written from the PTX manual ("Warp-level
- * matrix instructions").
+ * The runtime and cuBLASLt are tests/cuda_on_cpu.cpp. Three things the Makefile changes in the source: a
+ * launch becomes a call of cuda_launch; `extern __shared__` loses the second word; the section on tensor
+ * cores, which is PTX, is left out for the functions below, written from the PTX manual ("Warp-level matrix
+ * instructions").
  *
  * It shows whether indices, barriers, streams and graphs are right; not whether the hardware does as the
  * manuals say, nor any time. Besides, it finds: threads that wait for each other, exchanges with lanes that

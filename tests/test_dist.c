@@ -169,39 +169,6 @@ static void an_overflow_skips_the_step(void **state) {
     training_free(t);
 }
 
-static void the_loss_scale_follows_deepspeed(void **state) {
-    (void)state;
-    FILE *golden = fopen("tests/golden/loss_scale.txt", "r");
-    assert_non_null(golden);
-    long window = 0, hysteresis = 0, skipped = 0, lines = 0;
-    double initial = 0, least = 0, scale = 0;
-    int overflow = 0, raises = 0;
-    char first[8];
-    vit_scaler s = {0};
-    while (fscanf(golden, "%7s", first) == 1) {
-        lines++;
-        if (!strcmp(first, "new")) {
-            assert_int_equal(fscanf(golden, "%lf%lf%ld%ld", &initial, &least, &window, &hysteresis), 4);
-            s = (vit_scaler){.scale = initial,
-                             .least = least,
-                             .window = window,
-                             .last_overflow = -1,
-                             .hysteresis = hysteresis,
-                             .left = hysteresis};
-            continue;
-        }
-        overflow = !strcmp(first, "over");
-        assert_int_equal(fscanf(golden, "%lf%d%ld", &scale, &raises, &skipped), 3);
-        assert_int_equal(vit_scaler_update(&s, overflow), raises ? -1 : 0);
-        assert_true(s.scale == scale);
-        if (!raises) assert_int_equal(s.skipped, skipped);
-    }
-    assert_true(lines > 2800);
-    fclose(golden);
-    s = vit_scaler_default();
-    assert_true(s.scale == 65536 && s.least == 1 && s.window == 1000 && s.hysteresis == 2 && s.left == 2);
-}
-
 /* The CPU's optimizer on memory of its own, behind copies: the same arithmetic. */
 static void an_offloaded_optimizer_gives_the_same_bits(void **state) {
     static const rt_type types[] = {RT_FP32, RT_BF16, RT_FP16};
@@ -708,7 +675,6 @@ int main(void) {
         cmocka_unit_test(strategies_agree_in_lower_precision),
         cmocka_unit_test(lower_precision_takes_the_bytes_that_it_should),
         cmocka_unit_test(an_overflow_skips_the_step),
-        cmocka_unit_test(the_loss_scale_follows_deepspeed),
         cmocka_unit_test(sgd_agrees_too),
         cmocka_unit_test(a_recorded_step_gives_the_same_bits),
         cmocka_unit_test(what_cannot_be_recorded_is_an_error),

@@ -30,13 +30,19 @@ far() { # NAME NAME BAR
         END { if (NR != steps || !(most <= bar)) print "losses differ by " most ", allowed " bar }'
 }
 
+# as_cpu NAME BAR OPTIONS: the losses of the CPU
+as_cpu() {
+    what=$1 bar=$2
+    shift 2
+    why=$(run "cpu $what" "$@" && run "gpu $what" --device cuda "$@")
+    verdict "losses of the CPU: $what, $*" "${why:-$(far "cpu $what" "gpu $what" "$bar")}"
+}
+
 # In fp32 the GPU's losses are the CPU's but for rounding. Which algorithm a product takes is a matter of timing,
 # so that runs agree to rounding only.
 for world in "single 1" "ddp 4" "dp 4" "zero1 4" "zero2 4" "zero3 4"; do
     strategy=${world% *} n=${world#* }
-    set -- --strategy "$strategy" --nproc-per-node "$n" --backend local
-    why=$(run "cpu $strategy" "$@" && run "gpu $strategy" --device cuda "$@")
-    verdict "$strategy, $n ranks on one GPU, fp32: losses of the CPU" "${why:-$(far "cpu $strategy" "gpu $strategy" 1e-4)}"
+    as_cpu "$strategy" 1e-4 --strategy "$strategy" --nproc-per-node "$n" --backend local
 done
 # The same algorithms in every run: then the weights are the same, bit for bit.
 for strategy in ddp zero1 zero2 zero3; do
@@ -55,10 +61,7 @@ for way in "" --cuda-graphs; do
 done
 # In 16 bits they differ by the rounding of a different order of sums.
 for precision in bf16 fp16; do
-    set -- --precision $precision --strategy zero3 --nproc-per-node 4 --backend local
-    why=$(run "cpu $precision" "$@" && run "gpu $precision" --device cuda "$@")
-    verdict "zero3, 4 ranks on one GPU, $precision: losses of the CPU" \
-        "${why:-$(far "cpu $precision" "gpu $precision" 2e-2)}"
+    as_cpu "$precision" 2e-2 --precision $precision --strategy zero3 --nproc-per-node 4 --backend local
 done
 why=$(run "gpu checkpointing" --device cuda --strategy zero3 --nproc-per-node 4 --backend local \
     --activation-checkpointing)
@@ -84,18 +87,16 @@ other "two micro-batches as CUDA graphs, zero3" "gpu two micro-batches" 1e-4 --c
 for set in "fp16 --precision fp16" "tanh --gelu tanh --precision bf16"; do
     set -- ${set#* }
     name="one rank, ${set%% *}" # whose steps, with loss scaling, are not those of fp32
-    run "cpu $name" "$@"
-    other "$name" "cpu $name" 2e-2 "$@"
+    as_cpu "$name" 2e-2 "$@"
     other "$name, as CUDA graphs" "gpu $name" 2e-2 --cuda-graphs "$@"
 done
 other "TF32" "gpu single" 2e-2 --tf32
 
 # Shapes and options of all kinds, against the CPU.
+cases=0
 while read -r bar options; do
     # shellcheck disable=SC2086
-    set -- $options
-    why=$(run "cpu $options" "$@" && run "gpu $options" --device cuda "$@")
-    verdict "losses of the CPU: $options" "${why:-$(far "cpu $options" "gpu $options" "$bar")}"
+    as_cpu "options $((cases += 1))" "$bar" $options
 done <<END
 1e-4 --optimizer sgd --learning-rate 0.05
 1e-4 --layer-decay 0.7 --label-smoothing 0.1 --scheduler linear --warmup-steps 2

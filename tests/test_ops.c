@@ -1461,8 +1461,7 @@ static void gradient_norm_has_the_range_of_the_numbers(void **state) {
 }
 
 /* 16 numbers 3 have the norm 12; as the sum of 4 gradients, or of 4 times the loss, their average has the
- * norm
- * 3. */
+ * norm 3. */
 static void gradient_factor_averages_and_clips(void **state) {
     static const struct {
         double divisor, scale, clip, norm, factor;
@@ -1491,53 +1490,99 @@ static void gradient_factor_averages_and_clips(void **state) {
     }
 }
 
-/* Every device decides by itself what DeepSpeed's rules say (tests/loss_scale.py): the next scale, whether a
- * step is made, the number of updates that AdamW corrects for; and once they raise, no step is made. */
+/* Steps of loss scalers by DeepSpeed's rules: a file that tests/loss_scale.py made. */
+typedef struct {
+    FILE *file;
+    vit_scaler scaler;    /* as it begins */
+    int overflow, raises; /* of this step, */
+    double scale;         /* after it, */
+    long step, skipped;   /* so far */
+} scaler_steps;
+
+static scaler_steps scaler_steps_open(void) {
+    scaler_steps s = {.file = fopen("tests/golden/loss_scale.txt", "r")};
+    assert_non_null(s.file);
+    return s;
+}
+
+/* 0: there are no more. Step 0 is the beginning of another scaler. */
+static int scaler_steps_next(scaler_steps *s) {
+    char first[8];
+    double scale = 0, least = 0;
+    long window = 0, hysteresis = 0;
+    if (fscanf(s->file, "%7s", first) != 1) return 0;
+    if (!strcmp(first, "new")) {
+        assert_int_equal(fscanf(s->file, "%lf%lf%ld%ld", &scale, &least, &window, &hysteresis), 4);
+        s->scaler = (vit_scaler){.scale = scale,
+                                 .least = least,
+                                 .window = window,
+                                 .last_overflow = -1,
+                                 .hysteresis = hysteresis,
+                                 .left = hysteresis};
+        s->step = s->skipped = 0;
+        return 1;
+    }
+    s->overflow = !strcmp(first, "over");
+    s->step++;
+    assert_int_equal(fscanf(s->file, "%lf%d%ld", &s->scale, &s->raises, &s->skipped), 3);
+    return 1;
+}
+
+static void the_loss_scale_follows_deepspeed(void **state) {
+    scaler_steps golden = scaler_steps_open();
+    vit_scaler s = {0};
+    size_t lines = 0;
+    (void)state;
+    for (; scaler_steps_next(&golden); lines++) {
+        if (golden.step == 0) {
+            s = golden.scaler;
+            continue;
+        }
+        assert_int_equal(vit_scaler_update(&s, golden.overflow), golden.raises ? -1 : 0);
+        assert_true(s.scale == golden.scale);
+        if (!golden.raises) assert_int_equal(s.skipped, golden.skipped);
+    }
+    assert_true(lines > 2800);
+    fclose(golden.file);
+    s = vit_scaler_default();
+    assert_true(s.scale == 65536 && s.least == 1 && s.window == 1000 && s.hysteresis == 2 && s.left == 2);
+}
+
+/* Every device decides by itself what these rules say: the next scale, whether a step is made, the number of
+ * updates that AdamW corrects for; and once they raise, no step is made. */
 static void decide_step_follows_deepspeed(void **state) {
     enum { MOST_STEPS = 100 }; /* of a scaler: those of a long window are all alike */
     FOR_EACH_DEVICE(b, state) {
-        FILE *golden = fopen("tests/golden/loss_scale.txt", "r");
+        scaler_steps golden = scaler_steps_open();
         rt_block counters = counters_new(), x = block_new(b->type, 16);
         int64_t *counter = counters.data;
-        double scalars[VIT_SCALARS] = {0}, initial = 0, least = 0, scale = 0;
-        long window = 0, hysteresis = 0, skipped = 0, step = 0, halts = 0;
+        double scalars[VIT_SCALARS] = {0};
         vit_scaler scaler = {0};
-        char first[8];
-        assert_non_null(golden);
-        fill(x, 0.25); /* the norm is 1 */
+        long halts = 0, skipped = 0; /* skipped: before the step */
+        fill(x, 0.25);               /* the norm is 1 */
         b->device->sum_of_squares(stream_of(b), counters, x);
-        while (fscanf(golden, "%7s", first) == 1) {
-            if (!strcmp(first, "new")) {
-                assert_int_equal(fscanf(golden, "%lf%lf%ld%ld", &initial, &least, &window, &hysteresis), 4);
-                scaler = (vit_scaler){.scale = initial,
-                                      .least = least,
-                                      .window = window,
-                                      .last_overflow = -1,
-                                      .hysteresis = hysteresis,
-                                      .left = hysteresis};
+        for (; scaler_steps_next(&golden); skipped = golden.skipped) {
+            if (golden.step == 0) {
+                scaler = golden.scaler;
                 memset(scalars, 0, sizeof scalars);
-                scalars[VIT_LOSS_SCALE] = initial;
-                step = skipped = 0;
-                continue;
+                scalars[VIT_LOSS_SCALE] = scaler.scale;
             }
-            int overflow = !strcmp(first, "over"), raises = 0;
-            double used = scalars[VIT_LOSS_SCALE], t = (double)(++step - skipped);
-            assert_int_equal(fscanf(golden, "%lf%d%ld", &scale, &raises, &skipped), 3);
-            if (step > MOST_STEPS) continue;
-            scalars[VIT_STEP] = (double)step;
-            counter[VIT_NORM_NOT_FINITE] = overflow;
+            if (golden.step == 0 || golden.step > MOST_STEPS) continue;
+            double used = scalars[VIT_LOSS_SCALE], t = (double)(golden.step - skipped);
+            scalars[VIT_STEP] = (double)golden.step;
+            counter[VIT_NORM_NOT_FINITE] = golden.overflow;
             b->device->decide_step(stream_of(b), scalars_of(scalars), scaler_of(&scaler), counters, 2, 0,
                                    &adamw_options);
-            assert_true(scalars[VIT_USED_SCALE] == used && scalars[VIT_LOSS_SCALE] == scale);
-            assert_true(scalars[VIT_GRADIENT_FACTOR] == (overflow ? 0 : 1 / (2 * used)));
-            assert_true(overflow ? isnan(scalars[VIT_GRADIENT_NORM])
-                                 : scalars[VIT_GRADIENT_NORM] == 1 / (2 * used));
+            assert_true(scalars[VIT_USED_SCALE] == used && scalars[VIT_LOSS_SCALE] == golden.scale);
+            assert_true(scalars[VIT_GRADIENT_FACTOR] == (golden.overflow ? 0 : 1 / (2 * used)));
+            assert_true(golden.overflow ? isnan(scalars[VIT_GRADIENT_NORM])
+                                        : scalars[VIT_GRADIENT_NORM] == 1 / (2 * used));
             for (int i = 0; i < 2; i++) {
                 double beta = i ? adamw_options.beta2 : adamw_options.beta1, expected = -expm1(t * log(beta));
                 assert_true(fabs(scalars[VIT_BIAS_CORRECTION1 + i] - expected) <= 1e-12 * expected);
             }
-            assert_true(scalars[VIT_HALTED] == raises);
-            if (!raises) continue;
+            assert_true(scalars[VIT_HALTED] == golden.raises);
+            if (!golden.raises) continue;
             halts++;
             counter[VIT_NORM_NOT_FINITE] = 0;
             b->device->decide_step(stream_of(b), scalars_of(scalars), scaler_of(&scaler), counters, 2, 0,
@@ -1545,7 +1590,7 @@ static void decide_step_follows_deepspeed(void **state) {
             assert_true(scalars[VIT_GRADIENT_FACTOR] == 0 && scalars[VIT_HALTED] == 1);
         }
         assert_true(halts > 0);
-        fclose(golden);
+        fclose(golden.file);
         release(RT_BLOCKS(counters, x));
     }
 }
@@ -1742,6 +1787,7 @@ int main(void) {
         cmocka_unit_test(gradient_norm_is_the_square_root_of_the_sum),
         cmocka_unit_test(gradient_norm_has_the_range_of_the_numbers),
         cmocka_unit_test(gradient_factor_averages_and_clips),
+        cmocka_unit_test(the_loss_scale_follows_deepspeed),
         cmocka_unit_test(decide_step_follows_deepspeed),
         cmocka_unit_test(sum_buffers_adds_in_rank_order),
         cmocka_unit_test(sum_buffers_writes_into_one_of_its_sources),
