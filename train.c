@@ -427,16 +427,15 @@ static int device_memory(const run *r, double *unused, double *total, error_text
 static int prepare_device(run *r, error_text *e) {
     const train_options *o = &r->o;
     int fp32 = o->precision == CHOICE_PRECISION_FP32;
+    quoted precision = options_choice(&train_table, o, &o->precision);
     r->device = &vit_cpu;
     if (o->tf32 && (o->device == CHOICE_DEVICE_CPU || !fp32))
-        return error_set(e, "--tf32: found --%s, expected --device cuda and --precision fp32",
-                         fp32                                    ? "device cpu"
-                         : o->precision == CHOICE_PRECISION_BF16 ? "precision bf16"
-                                                                 : "precision fp16");
+        return error_set(e, "--tf32: found --%s%s, expected --device cuda and --precision fp32",
+                         fp32 ? "device cpu" : "precision ", fp32 ? "" : precision.text);
     if (o->matmul == CHOICE_MATMUL_OPENBLAS && !fp32)
         return error_set(
             e, "--matmul openblas: found --precision %s, expected fp32, as it has no product of 16 bits",
-            options_choice(&train_table, o, &o->precision).text);
+            precision.text);
     int offload = o->offload == CHOICE_OFFLOAD_OPTIMIZER;
     const char *unrecorded = o->device == CHOICE_DEVICE_CPU ? "--device cpu, expected cuda"
                              : offload ? "--offload optimizer, expected none, as the host takes no part"
